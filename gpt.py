@@ -1,0 +1,1179 @@
+"""The model: a GPT from one attention head up, generation, LoRA, and the checkpoint between stages.
+
+    python gpt.py                                            a walk through the model, step by step
+    python gpt.py --checkpoint checkpoints/pretrained.pt --prompt "The import statement"
+
+This is the one file the stages share: `from gpt import GPTModel, GPT_CONFIG_124M`. It needs torch,
+tiktoken, numpy and requests, and follows the book *Build a Large Language Model (From Scratch)* by
+Sebastian Raschka ("the book" below), chapters 3 to 5 and appendices D and E, in the book's names.
+
+Read it in order: attention -> the model -> generation -> LoRA -> tokenizer and checkpoint ->
+download -> what every script needs -> the walk.
+
+Shapes: B batch (rows), T tokens in a row, C embedding width, H heads, D = C / H head width,
+V vocabulary size.
+"""
+
+import argparse
+import base64
+import codecs
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import requests
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+GPT_CONFIG_124M = {
+    "vocab_size": 50257,     # how many different tokens there are (V)
+    "context_length": 1024,  # how many tokens the model can look at (the largest T)
+    "emb_dim": 768,          # numbers per token inside the model (C)
+    "n_heads": 12,           # attention heads per block (H)
+    "n_layers": 12,          # transformer blocks
+    "drop_rate": 0.1,        # share of activations that dropout zeroes in training
+    "qkv_bias": False,       # bias in the query, key and value layers; OpenAI's weights have one
+}
+# One optional key, "tie_embeddings": True lets out_head share tok_emb's matrix, as GPT-2 does.
+
+GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radford et al. 2019)
+    "124M": {"emb_dim": 768, "n_layers": 12, "n_heads": 12},
+    "355M": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
+    "774M": {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
+    "1558M": {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention, from one head to many. The first four classes are a ladder to read; the model uses
+# the last one, MultiHeadAttention.
+
+class SelfAttention_v1(nn.Module):
+    """One head, with bare matrices. x (T, d_in) -> (T, d_out). Book section 3.4.
+
+    Each token asks a question (query); each token offers a label (key) and a content (value).
+    The better a key answers the query, the more of its value flows into the context vector.
+    """
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.W_query = nn.Parameter(torch.rand(d_in, d_out))
+        self.W_key = nn.Parameter(torch.rand(d_in, d_out))
+        self.W_value = nn.Parameter(torch.rand(d_in, d_out))
+
+    def forward(self, x):
+        queries, keys, values = x @ self.W_query, x @ self.W_key, x @ self.W_value
+        attn_scores = queries @ keys.T                            # (T, T): every query with every key
+        # Dividing by the root of the width keeps the softmax from saturating on long vectors.
+        attn_weights = torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)  # rows sum to 1
+        return attn_weights @ values                              # (T, d_out)
+
+
+class SelfAttention_v2(nn.Module):
+    """The same head with linear layers, whose initial values suit training better. Section 3.4."""
+
+    def __init__(self, d_in, d_out, qkv_bias=False):
+        super().__init__()
+        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
+
+    def forward(self, x):
+        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)
+        attn_scores = queries @ keys.T
+        attn_weights = torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)
+        return attn_weights @ values
+
+
+class CausalAttention(nn.Module):
+    """A head that cannot look ahead, for batches. x (B, T, d_in) -> (B, T, d_out). Section 3.5."""
+
+    def __init__(self, d_in, d_out, context_length, dropout, qkv_bias=False):
+        super().__init__()
+        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.dropout = nn.Dropout(dropout)
+        # True above the diagonal: the keys that lie in the future of a query.
+        mask = torch.triu(torch.ones(context_length, context_length), diagonal=1).bool()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        T = x.shape[1]
+        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)
+        attn_scores = queries @ keys.transpose(1, 2)              # (B, T, T)
+        # Minus infinity becomes exactly zero in the softmax.
+        attn_scores = attn_scores.masked_fill(self.mask[:T, :T], -torch.inf)
+        attn_weights = torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)
+        return self.dropout(attn_weights) @ values
+
+
+class MultiHeadAttentionWrapper(nn.Module):
+    """Several causal heads side by side: (B, T, d_in) -> (B, T, num_heads * d_out). Section 3.6."""
+
+    def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
+        super().__init__()
+        self.heads = nn.ModuleList(
+            [CausalAttention(d_in, d_out, context_length, dropout, qkv_bias)
+             for _ in range(num_heads)])
+
+    def forward(self, x):
+        return torch.cat([head(x) for head in self.heads], dim=-1)
+
+
+class MultiHeadAttention(nn.Module):
+    """All heads in one matrix product each, with a fused softmax. (B, T, d_in) -> (B, T, d_out).
+
+    `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention` without ever storing
+    the (T, T) weights (Dao et al. 2022, FlashAttention). Section 3.6. Raises ValueError when
+    d_out cannot be shared out evenly among the heads.
+    """
+
+    def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
+        super().__init__()
+        if d_out % num_heads:
+            raise ValueError(f"d_out {d_out} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.out_proj = nn.Linear(d_out, d_out)  # lets the heads' results mix
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, cache=None, layer=0):
+        B, T, _ = x.shape
+
+        def split_heads(t):  # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
+            return t.view(B, T, self.num_heads, -1).transpose(1, 2)
+
+        queries = split_heads(self.W_query(x))
+        keys = split_heads(self.W_key(x))
+        values = split_heads(self.W_value(x))
+        mask = None
+        if cache is not None:  # put the new keys behind the old ones and look at all of them
+            keys, values, mask = cache.extend(layer, keys, values)
+        # subtle: is_causal counts from the upper left corner, as if the first query met the first
+        # key. One query with many cached keys would see only the first; the cache brings the mask.
+        context_vec = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None and T > 1,
+            dropout_p=self.dropout.p if self.training else 0.0)
+        # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
+        return self.out_proj(context_vec.transpose(1, 2).reshape(B, T, -1))
+
+
+# ---------------------------------------------------------------------------------------------
+# The model: normalise, attend, normalise, think; a dozen times. Book chapter 4.
+
+class LayerNorm(nn.Module):
+    """Each token's C numbers to mean 0 and variance 1, then scale and shift. Section 4.2.
+
+    (x - mean) / sqrt(var + eps) * scale + shift, with the variance divided by C, not C - 1.
+    """
+
+    def __init__(self, emb_dim):
+        super().__init__()
+        self.eps = 1e-5
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim))
+
+    def forward(self, x):
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
+
+
+class GELU(nn.Module):
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): GPT-2's form. Hendrycks & Gimpel 2016."""
+
+    def forward(self, x):
+        return F.gelu(x, approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Each token thinks on its own, four times as wide. (B, T, C) -> (B, T, C). Section 4.3."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(cfg["emb_dim"], 4 * cfg["emb_dim"]),
+            GELU(),
+            nn.Linear(4 * cfg["emb_dim"], cfg["emb_dim"]),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then feed-forward, each added to its input. (B, T, C) -> (B, T, C). Section 4.5.
+
+    Adding to a shortcut lets gradients reach the first block unweakened; normalising before each
+    part rather than after it ("pre-norm") keeps deep stacks trainable.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.att = MultiHeadAttention(
+            d_in=cfg["emb_dim"], d_out=cfg["emb_dim"], context_length=cfg["context_length"],
+            dropout=cfg["drop_rate"], num_heads=cfg["n_heads"], qkv_bias=cfg["qkv_bias"])
+        self.ff = FeedForward(cfg)
+        self.norm1 = LayerNorm(cfg["emb_dim"])
+        self.norm2 = LayerNorm(cfg["emb_dim"])
+        self.drop_resid = nn.Dropout(cfg["drop_rate"])
+
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.drop_resid(self.att(self.norm1(x), cache, layer))
+        return x + self.drop_resid(self.ff(self.norm2(x)))
+
+
+class GPTModel(nn.Module):
+    """Token IDs (B, T) -> logits (B, T, V): at each position, a score for every next token.
+
+    Section 4.6. Raises ValueError for more tokens than `cfg["context_length"]`.
+
+    Example:
+        torch.manual_seed(123)
+        model = GPTModel(GPT_CONFIG_124M)             # the book's model, number for number
+        logits = model(torch.tensor([[15496, 11, 314, 716]]))          # (1, 4, 50257)
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = dict(cfg)
+        self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
+        self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
+        self.drop_emb = nn.Dropout(cfg["drop_rate"])
+        self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
+        self.final_norm = LayerNorm(cfg["emb_dim"])
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+        self.tie_weights()
+
+    def tie_weights(self):
+        """Make out_head use tok_emb's matrix, if the configuration says so (Press & Wolf 2017)."""
+        if self.cfg.get("tie_embeddings"):
+            self.out_head.weight = self.tok_emb.weight
+
+    def hidden_states(self, in_idx, cache=None):
+        """(B, T) token IDs -> (B, T, C), what out_head reads. `cache` holds the tokens before."""
+        T = in_idx.shape[1]
+        start = 0 if cache is None else cache.start
+        if (start if isinstance(start, int) else cache.longest) + T > self.cfg["context_length"]:
+            raise ValueError(f"{T} tokens do not fit the model's context of "
+                             f"{self.cfg['context_length']}; shorten the text")
+        positions = torch.arange(T, device=in_idx.device) + start      # (T,), or (B, 1) in a cache
+        x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))       # (B, T, C)
+        for layer, block in enumerate(self.trf_blocks):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.advance(T)
+        return self.final_norm(x)
+
+    def forward(self, in_idx):
+        return self.out_head(self.hidden_states(in_idx))
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As torch's; also takes the weights of other code for the book, which save their masks."""
+        state_dict = {name: t for name, t in state_dict.items() if not name.endswith("att.mask")}
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self.tie_weights()
+        return result
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation: predict, choose, append, repeat.
+
+def text_to_token_ids(text, tokenizer):
+    """Text -> (1, T) token IDs; `<|endoftext|>` in the text is the special token. Section 5.1."""
+    return torch.tensor(tokenizer.encode(text, allowed_special={"<|endoftext|>"})).unsqueeze(0)
+
+
+def token_ids_to_text(token_ids, tokenizer):
+    """(1, T) or (T,) token IDs -> text. Section 5.1."""
+    return tokenizer.decode(token_ids.flatten().tolist())
+
+
+def generate_text_simple(model, idx, max_new_tokens, context_size):
+    """The loop one would explain first: always the likeliest token. (B, T) -> (B, T + n).
+
+    Section 4.7. It reads the whole text again for every new token; `generate` does not.
+    """
+    for _ in range(max_new_tokens):
+        idx_cond = idx[:, -context_size:]                         # as much as the model can see
+        with torch.no_grad():
+            logits = model(idx_cond)
+        idx_next = logits[:, -1].argmax(dim=-1, keepdim=True)     # (B, 1), from the last position
+        idx = torch.cat((idx, idx_next), dim=1)
+    return idx
+
+
+class KVCache:
+    """The keys and values of the tokens read so far, so that each is computed only once.
+
+    For every layer one (B, H, max_length, D) tensor of keys and one of values, allocated once.
+    Rows may differ in length: `start` is the position of the next token, an integer while all
+    rows are equally long, else a (B, 1) tensor; `longest` is the length of the longest row.
+    """
+
+    def __init__(self, model, batch_size, max_length):
+        heads, weight = model.cfg["n_heads"], model.tok_emb.weight
+        shape = (batch_size, heads, max_length, model.cfg["emb_dim"] // heads)
+        self.keys = [weight.new_zeros(shape) for _ in model.trf_blocks]
+        self.values = [weight.new_zeros(shape) for _ in model.trf_blocks]
+        self.start = self.longest = 0
+
+    def set_lengths(self, lengths):
+        """After reading prompts padded at the right: only `lengths` (B,) tokens of each count."""
+        if bool((lengths != self.longest).any()):
+            self.start = lengths[:, None]
+            self.rows = torch.arange(len(lengths), device=lengths.device)
+
+    def extend(self, layer, keys, values):
+        """Store (B, H, T, D) new keys and values; return all of them and the mask they need."""
+        T, end = keys.shape[2], self.longest + keys.shape[2]
+        all_keys, all_values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        if isinstance(self.start, int):
+            all_keys[:, :, self.start:] = keys
+            all_values[:, :, self.start:] = values
+            query_positions = torch.arange(self.start, end, device=keys.device)[:, None]
+        else:  # each row writes at its own position, one token at a time
+            all_keys[self.rows, :, self.start[:, 0]] = keys[:, :, 0]
+            all_values[self.rows, :, self.start[:, 0]] = values[:, :, 0]
+            query_positions = self.start[:, :, None, None]
+        if isinstance(self.start, int) and (T == 1 or self.start == 0):
+            return all_keys, all_values, None  # one query may see every key; or plain causal
+        key_positions = torch.arange(end, device=keys.device)
+        return all_keys, all_values, key_positions <= query_positions
+
+    def advance(self, num_tokens):
+        """Count the tokens that every layer has stored."""
+        self.start = self.start + num_tokens
+        self.longest += num_tokens
+
+
+def sample_next(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
+    """Logits (B, V) -> next tokens (B,). Section 5.3; top-p is Holtzman et al. 2020.
+
+    temperature 0 takes the likeliest token; below 1 the likely get likelier, above 1 the unlikely
+    do. top_k keeps the k likeliest tokens; top_p keeps the likeliest whose probabilities reach p.
+    """
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_best, -torch.inf)
+    probs = torch.softmax(logits, dim=-1)
+    if top_p is not None:
+        sorted_probs, order = probs.sort(dim=-1, descending=True)
+        # A token stays if those before it have not reached p, so the likeliest always stays.
+        sorted_probs[sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p] = 0.0
+        probs = torch.zeros_like(probs).scatter(1, order, sorted_probs)
+    return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None,
+                    eos_id=None, top_p=None, lengths=None, seed=None):
+    """Yield the next tokens (B,) of each row as they come; arguments as in `generate`."""
+    if idx.numel() == 0:
+        raise ValueError("the prompt is empty; give at least one token, such as <|endoftext|>")
+    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < (top_p or 1) <= 1:
+        raise ValueError("temperature must be 0 or more, top_k 1 or more, top_p within (0, 1]")
+    B, T = idx.shape
+    device = idx.device
+    context_size = min(context_size, model.cfg["context_length"])
+    rng = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+    lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
+    text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
+    rows = torch.arange(B, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    cache = KVCache(model, B, min(context_size, T + max_new_tokens))
+    was_training = model.training
+    model.eval()
+    try:
+        for longest in range(T, T + max_new_tokens):
+            if longest > context_size:  # the window slides, every position changes: read it anew
+                first = (lengths - context_size).clamp(min=0)
+                window = first[:, None] + torch.arange(context_size, device=device)
+                hidden = model.hidden_states(text.gather(1, window))
+                hidden = hidden[rows, lengths - first - 1]        # each row's last token
+            elif longest == T:          # read the prompts in one pass
+                hidden = model.hidden_states(idx, cache)[rows, lengths - 1]
+                cache.set_lengths(lengths)
+            else:                       # read only the token that came last
+                hidden = model.hidden_states(idx_next[:, None], cache)[:, -1]
+            logits = model.out_head(hidden)                       # (B, V): the last token's only
+            idx_next = sample_next(logits, temperature, top_k, top_p, rng)
+            if eos_id is not None:
+                idx_next = idx_next.masked_fill(finished, eos_id)
+                finished |= idx_next == eos_id
+            text[rows, lengths] = idx_next
+            lengths = lengths + 1
+            yield idx_next
+            if eos_id is not None and finished.all():
+                break
+    finally:
+        model.train(was_training)
+
+
+def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None,
+             top_p=None, lengths=None, seed=None):
+    """Continue each row of token IDs: (B, T) -> (B, T + n), n <= max_new_tokens. Section 5.3.
+
+    At temperature 0 the tokens are those of `generate_text_simple`; `sample_next` explains the
+    other choices, `seed` makes them repeatable. A row that produced `eos_id` is filled with it,
+    and generation ends when all rows have. Prompts of different lengths are padded at the right
+    (with any token) and their `lengths` (B,) given; the new tokens are `result[:, T:]`.
+    Raises ValueError for an empty prompt or an option out of its range.
+    """
+    new = list(generate_stream(model, idx, max_new_tokens, context_size, temperature, top_k,
+                               eos_id, top_p, lengths, seed))
+    return torch.cat([idx, torch.stack(new, dim=1)], dim=1) if new else idx
+
+
+# ---------------------------------------------------------------------------------------------
+# LoRA: leave a trained matrix as it is and learn a small correction. Hu et al. 2021; book E.
+
+class LoRALayer(nn.Module):
+    """x (..., in_dim) -> x A B * alpha / rank (..., out_dim); B starts at zero, so the sum does."""
+
+    def __init__(self, in_dim, out_dim, rank, alpha):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(in_dim, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.B = nn.Parameter(torch.zeros(rank, out_dim))
+        # Dividing by the rank keeps the size of the correction, and the best learning rate, about
+        # the same when the rank is changed.
+        self.scaling = alpha / rank
+
+    def forward(self, x):
+        return self.scaling * (x @ self.A @ self.B)
+
+
+class LinearWithLoRA(nn.Module):
+    """A linear layer plus its correction."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear = linear
+        self.lora = LoRALayer(linear.in_features, linear.out_features, rank, alpha)
+
+    def forward(self, x):
+        return self.linear(x) + self.lora(x)
+
+
+def replace_linear_with_lora(model, rank, alpha):
+    """Wrap every linear layer inside `model`, in place; freeze what it had before you call it.
+
+    A head tied to the token embedding is left alone: merging would change the embedding too.
+    """
+    for name, module in list(model.named_children()):
+        tied = name == "out_head" and model.cfg.get("tie_embeddings")
+        if isinstance(module, nn.Linear) and not tied:
+            setattr(model, name, LinearWithLoRA(module, rank, alpha).to(module.weight.device))
+        else:
+            replace_linear_with_lora(module, rank, alpha)
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add every correction to its matrix and unwrap it: the same function, the plain model."""
+    for name, module in list(model.named_children()):
+        if isinstance(module, LinearWithLoRA):
+            lora = module.lora
+            module.linear.weight += lora.scaling * (lora.A @ lora.B).T  # Linear stores (out, in)
+            setattr(model, name, module.linear)
+        else:
+            merge_lora(module)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizers. Whichever it is, tiktoken's encoder runs it.
+
+GPT2_SPLIT_PATTERN = (  # how GPT-2 cuts text into chunks before it merges bytes: contractions,
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")  # words, ...
+GPT2_VOCABULARY = {  # the two files that define GPT-2's tokens, with their SHA-256
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join("data", "tiktoken"))
+
+
+def gpt2_vocabulary_files():
+    """The paths of `data/vocab.bpe` and `data/encoder.json`, downloaded if they are not there."""
+    for name, sha256 in GPT2_VOCABULARY.items():
+        download([f"https://openaipublic.blob.core.windows.net/gpt-2/models/124M/{name}",
+                  f"https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/124M/{name}"],
+                 Path("data") / name, sha256)
+    return [Path("data") / name for name in GPT2_VOCABULARY]
+
+
+def load_gpt2_tokenizer():
+    """tiktoken's `gpt2`, with its two files fetched by `download` if tiktoken lacks them."""
+    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
+    # tiktoken names a file in its cache by the SHA-1 of the address.
+    names = {name: cache / hashlib.sha1((address + name).encode()).hexdigest()
+             for name in GPT2_VOCABULARY}
+    if not all(path.exists() for path in names.values()):
+        for source in gpt2_vocabulary_files():
+            with write_atomically(names[source.name]) as part:
+                shutil.copyfile(source, part)
+    return tiktoken.get_encoding("gpt2")
+
+
+def read_rank_file(path):
+    """A trained vocabulary -> (ranks, split pattern, special tokens). Raises UserError.
+
+    PATH holds tiktoken's format, a line `base64-token rank` per token; PATH.json holds
+    {"pat_str": ..., "special_tokens": {name: id}}, by default GPT-2's pattern and an
+    `<|endoftext|>` after the last rank.
+    """
+    ranks, path = {}, Path(path)
+    try:
+        lines = path.read_text(encoding="ascii").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; make it with: python tokenizer.py train TEXT "
+                        f"--out {path}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read as a rank file ({e})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            token, rank = base64.b64decode(token, validate=True), int(rank)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: expected a base64 token, a space and a rank, "
+                            f"found {line[:40]!r}") from None
+        if token in ranks or not token:
+            raise UserError(f"{path}, line {number}: the token {token!r} is empty or there twice")
+        if rank != len(ranks):
+            raise UserError(f"{path}, line {number}: expected rank {len(ranks)}, found {rank}; "
+                            "ranks count up from 0 without gaps")
+        ranks[token] = rank
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"{path} is not a byte-level vocabulary: the single byte {missing[0]} has "
+                        "no rank")
+    sidecar = Path(f"{path}.json")
+    try:
+        more = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.exists() else {}
+        pattern = more.get("pat_str", GPT2_SPLIT_PATTERN)
+        special = more.get("special_tokens", {"<|endoftext|>": len(ranks)})
+        expected = list(range(len(ranks), len(ranks) + len(special)))
+        if not isinstance(pattern, str) or sorted(special.values()) != expected:
+            raise ValueError("the special tokens' ids must follow the ranks")
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise UserError(f"{sidecar} is broken ({e}); train the vocabulary anew") from None
+    return ranks, pattern, special
+
+
+def load_tokenizer(spec):
+    """`gpt2`, `bytes`, the path of a rank file, or what a checkpoint holds -> tiktoken.Encoding.
+
+    Every tokenizer has `<|endoftext|>`, as `tokenizer.eot_token`. Raises UserError.
+    """
+    if spec == "gpt2":
+        return load_gpt2_tokenizer()
+    if spec == "bytes":
+        name, ranks, pattern = "bytes", {bytes([i]): i for i in range(256)}, GPT2_SPLIT_PATTERN
+        special = {"<|endoftext|>": 256}
+    elif isinstance(spec, dict):
+        name, pattern, special = spec["name"], spec["pat_str"], spec["special_tokens"]
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["tokens"])}
+    elif not Path(spec).exists() and not str(spec).endswith(".tiktoken"):
+        raise UserError(f"unknown tokenizer {str(spec)!r}; use gpt2, bytes, or the path of a file "
+                        "made by: python tokenizer.py train")
+    else:
+        name, (ranks, pattern, special) = Path(spec).stem, read_rank_file(spec)
+    if "<|endoftext|>" not in special:
+        raise UserError(f"the tokenizer {name!r} has no <|endoftext|>, which separates documents; "
+                        "train it with that special token")
+    try:
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens=special)
+    except ValueError as e:  # the split pattern is not a regular expression
+        raise UserError(f"the tokenizer {name!r} cannot be used ({e})") from None
+
+
+def tokenizer_spec(tokenizer):
+    """What a checkpoint holds of a tokenizer: a name, or everything needed to rebuild it."""
+    if tokenizer.name in ("gpt2", "bytes"):
+        return tokenizer.name
+    tokens = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
+    return {"name": tokenizer.name, "pat_str": tokenizer._pat_str,
+            "special_tokens": dict(tokenizer._special_tokens),
+            "tokens": [base64.b64encode(token).decode("ascii") for token in tokens]}
+
+
+# ---------------------------------------------------------------------------------------------
+# The checkpoint: the only thing that passes from one stage to the next.
+
+@contextlib.contextmanager
+def write_atomically(path):
+    """Yield a temporary path beside `path`; it becomes `path` only if the block succeeds."""
+    path = Path(path)
+    part = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(e, OSError) or "PytorchStreamWriter" in str(e):
+            reason = getattr(e, "strerror", None) or "is the disk full?"
+            raise UserError(f"{path} could not be written ({reason}); what was there is kept. "
+                            "Free some space or choose another place with --out") from None
+        raise
+
+
+def save_checkpoint(path, model, tokenizer, **extras):
+    """Write model, configuration and tokenizer to `path`, all or nothing.
+
+    `extras` (optimizer state, step, prompt style ...) ride along: dictionaries, lists, strings,
+    numbers and tensors only. `class_names` marks a classifier. Raises UserError.
+    """
+    # torch.compile keeps the real model inside its wrapper.
+    model = getattr(model, "_orig_mod", model)
+    kind = "classifier" if "class_names" in extras else "language model"
+    with write_atomically(path) as part:
+        torch.save({"kind": kind, "config": model.cfg, "model": model.state_dict(),
+                    "tokenizer": tokenizer_spec(tokenizer), **extras}, part)
+
+
+def replace_head(model, num_classes):
+    """Put a classification head (C -> num_classes) in out_head's place. Book section 6.5.
+
+    A tied token embedding keeps its matrix: the new head is a layer of its own.
+    """
+    model.cfg = {**model.cfg, "tie_embeddings": False}
+    model.out_head = nn.Linear(model.cfg["emb_dim"], num_classes).to(model.tok_emb.weight.device)
+
+
+def load_checkpoint(path, device="cpu", kind="language model"):
+    """Read a checkpoint -> (model, tokenizer, everything else in a dictionary).
+
+    Raises UserError when the file is not there, cut short, not a checkpoint, of another `kind`
+    ("language model" or "classifier"), or when weights and configuration do not match.
+    """
+    path = Path(path)
+    maker = {"language model": "pretrain.py", "classifier": "finetune_classifier.py"}[kind]
+    make = f"make one with: python {maker}"
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}; {make}")
+    try:
+        # mmap: the file is read straight into the model, never held twice.
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found, cfg, weights = saved["kind"], saved["config"], saved["model"]
+    except Exception:  # whatever a foreign or cut file makes torch.load raise
+        raise UserError(f"{path} is not a checkpoint of this project, or was cut short; "
+                        f"{make}") from None
+    if found != kind:
+        raise UserError(f"{path} holds a {found}, but a {kind} is needed; {make}")
+    try:
+        with torch.device("meta"):  # shapes without memory, to compare before anything is made
+            model = GPTModel(cfg)
+            if kind == "classifier":
+                replace_head(model, len(saved["class_names"]))
+        expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        actual = {name: tuple(t.shape) for name, t in weights.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path} has a configuration that does not describe a model ({e}); "
+                        f"{make}") from None
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
+            raise UserError(f"{path} does not match its own configuration: {name} should be "
+                            f"{expected.get(name)} but is {actual.get(name)}; {make}")
+    model.to_empty(device=device)
+    model.tie_weights()
+    model.load_state_dict(weights)
+    tokenizer = load_tokenizer(saved["tokenizer"])
+    return model, tokenizer, {k: v for k, v in saved.items() if k not in ("model", "tokenizer")}
+
+
+# ---------------------------------------------------------------------------------------------
+# Downloads.
+
+def download(urls, path, sha256=None, timeout=30):
+    """Make sure that the file `path` is there; return it as a Path.
+
+    A file that is there is used as it is, without the network. Otherwise each address is tried in
+    turn, into `path` + ".part", which a later call resumes; size and SHA-256 (the one given, or
+    the one that Hugging Face's hub announces) are checked before the file gets its name.
+    `timeout` is in seconds without a byte. Raises UserError with each address and its reason.
+    """
+    path, reasons = Path(path), []
+    if path.exists():
+        return path
+    for url in urls:
+        for attempt in range(3):  # a broken connection is resumed; an answer of "no" is final
+            try:
+                fetch(url, path, sha256, timeout)
+                return path
+            except requests.exceptions.HTTPError as e:
+                reason = f"{e.response.status_code} {e.response.reason}"
+                if e.response.status_code < 500:
+                    break
+            except requests.exceptions.Timeout:
+                reason = f"no answer within {timeout} s"
+            except requests.exceptions.RequestException as e:
+                reason = "no connection" if "Max retries" in str(e) else "the connection broke off"
+                if "Max retries" in str(e):
+                    break
+            except ValueError as e:  # what came is not what was announced
+                reason = str(e)
+                break
+            except OSError as e:
+                raise UserError(f"{path} could not be written ({e.strerror})") from None
+            time.sleep(min(attempt, timeout / 10))
+        reasons.append(f"  {url}: {reason}")
+    raise UserError(f"{path.name} could not be downloaded; put it at {path} by hand, or try again "
+                    "when there is a network:\n" + "\n".join(reasons))
+
+
+def fetch(url, path, sha256, timeout):
+    """One attempt of `download`. Raises what requests raises, or ValueError for wrong content."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}  # so that lengths count the file's own bytes
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+        if response.status_code == 416:  # nothing lies beyond what is there: begin again
+            part.unlink()
+            return fetch(url, path, sha256, timeout)
+        response.raise_for_status()
+        if response.status_code != 206:  # the server sends the whole file, whatever was asked
+            have = 0
+        size = response.headers.get("Content-Length")
+        total = have + int(size) if size else None
+        for answer in [*response.history, response]:  # the hub announces it before it redirects
+            announced = answer.headers.get("X-Linked-Etag", answer.headers.get("ETag", ""))
+            if not sha256 and re.fullmatch("[0-9a-f]{64}", announced.strip('"')):
+                sha256 = announced.strip('"')
+        progress = Progress(total, "B")
+        with open(part, "ab" if have else "wb") as file:
+            for block in response.iter_content(1 << 20):
+                have += file.write(block)
+                progress.update(have, f"downloading {path.name}")
+        progress.close()
+    if total is not None and have < total:
+        raise requests.exceptions.ConnectionError(f"{have} of {total} bytes came")
+    digest = hashlib.sha256()
+    with open(part, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if sha256 and digest.hexdigest() != sha256:
+        part.unlink()
+        raise ValueError(f"wrong content (SHA-256 {digest.hexdigest()[:16]}..., expected "
+                         f"{sha256[:16]}...)")
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# What every script needs: the device, the options, errors in a sentence, progress, metrics.
+
+class UserError(Exception):
+    """Something the user can mend: one sentence with what is wrong and what to type next."""
+
+
+def pick_device(name="auto"):
+    """`auto` (cuda if there, else cpu), `cpu`, `cuda`, `cuda:1` or `mps` -> torch.device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"the device {name!r} is not available here; use --device auto") from None
+    return device
+
+
+def pick_dtype(name="auto", device="cpu"):
+    """The type that matrix products are computed in: torch.float32 or torch.bfloat16.
+
+    `auto` takes bfloat16 where it is really faster. GPUs say so; many CPUs only emulate it, so
+    there a product is timed in both (a few milliseconds).
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    device = torch.device(device)
+    if device.type == "cuda":  # compute capability 8.0 (Ampere) and later
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(256, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ b
+            times[dtype] = min(times.get(dtype, math.inf), time.perf_counter() - start)
+    faster = times[torch.bfloat16] < 0.75 * times[torch.float32]
+    return torch.bfloat16 if faster else torch.float32
+
+
+def autocast(device, dtype):
+    """A context in which matrix products run in `dtype`; parameters stay float32."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults in the help and wrong usage as one sentence, status 2."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
+
+    def error(self, message):
+        """Print the sentence and leave."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def positive_int(text):
+    """An argparse type: a whole number from 1."""
+    if not re.fullmatch("[0-9]{1,12}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def positive_float(text):
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def non_negative_float(text):
+    """An argparse type: a finite number from 0."""
+    return 0.0 if re.fullmatch(r"0*\.?0*", text) and "0" in text else positive_float(text)
+
+
+def add_common_arguments(parser):
+    """The options that mean the same in every script: --seed, --device, --dtype."""
+    parser.add_argument("--seed", type=int, default=123, help="the same seed, the same result")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="number type of matrix products; auto takes the faster")
+
+
+def add_training_arguments(parser, out, epochs, batch_size, lr, eval_every, grad_accum=1):
+    """The options of every training run, with this script's defaults."""
+    arg = parser.add_argument
+    arg("--out", type=Path, default=Path(out), help="checkpoint to write; metrics go beside it")
+    arg("--resume", action="store_true", help="go on from --out if it is there")
+    arg("--epochs", type=positive_int, default=epochs, help="passes over the training data")
+    arg("--max-steps", type=positive_int, help="stop after this many optimizer steps")
+    arg("--batch-size", type=positive_int, default=batch_size, help="rows in a batch")
+    arg("--grad-accum", type=positive_int, default=grad_accum, help="batches per optimizer step")
+    arg("--lr", type=positive_float, default=lr, help="(peak) learning rate")
+    arg("--eval-every", type=positive_int, default=eval_every, help="steps between evaluations")
+    add_common_arguments(parser)
+
+
+def run_main(main):
+    """Run a script's main(): a UserError is a sentence and status 1, Ctrl-C is 130."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
+    try:
+        status = main()
+        sys.stdout.flush()
+    except UserError as e:
+        status = f"{Path(sys.argv[0]).name}: {e}"
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (RuntimeError, MemoryError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
+            raise
+        status = (f"{Path(sys.argv[0]).name}: out of memory; use a smaller --batch-size (with "
+                  "--grad-accum) or a smaller model")
+    sys.exit(status)
+
+
+def check_output(path):
+    """Find out before the work, not after, that `path` can be written. Raises UserError."""
+    path = Path(path)
+    probe = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror}); choose another place with "
+                        "--out") from None
+
+
+def read_text_pieces(path, size=1 << 22):
+    """Yield a UTF-8 file as pieces of about `size` bytes, so that its length does not matter.
+
+    A piece ends before a white space that follows something else: there GPT-2's pattern always
+    splits, so tokens come out as from the whole text. Raises UserError: missing, empty, not text.
+    """
+    path, decoder, rest = Path(path), codecs.getincrementaldecoder("utf-8")(), ""
+    try:
+        with open(path, "rb") as file:
+            position = 0
+            while block := file.read(size):
+                rest += decoder.decode(block)
+                if "\0" in rest:
+                    raise UserError(f"{path} is not a text file; give plain UTF-8 text")
+                position += len(block)
+                # The last place in the piece where a white space follows something else.
+                if cut := re.search(r"(?s:.*\S)(?=\s)", rest):
+                    yield rest[:cut.end()]
+                    rest = rest[cut.end():]
+            rest += decoder.decode(b"", final=True)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (near byte {position + e.start}); convert it "
+                        f"with: iconv -f latin1 -t utf-8 {path}") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); check the path") from None
+    if position == 0:
+        raise UserError(f"{path} is empty; give a file with text in it")
+    if rest:
+        yield rest
+
+
+def human(number):
+    """1234567 -> '1.2 M'."""
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 1000 or unit == "G":
+            return f"{number:.{0 if not unit else 1}f} {unit}".rstrip()
+        number /= 1000
+
+
+class Progress:
+    """How far a long job is: on a terminal one line that rewrites itself, else one now and then.
+
+    `total` in `unit`s, None if unknown. Shows text, share done, units per second, time left.
+    """
+
+    def __init__(self, total, unit):
+        self.total, self.unit, self.first, self.shown = total, unit, None, 0.0
+        self.terminal = sys.stdout.isatty()
+        self.start = self.last = time.monotonic()
+
+    def update(self, done, text=""):
+        """Say that `done` units are done (counted from 0, also when resuming)."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done
+        if now - self.last < (0.1 if self.terminal else 10.0):
+            return
+        self.last = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        line = f"{text} | {human(rate)}{'' if human(rate)[-1:].isalpha() else ' '}{self.unit}/s"
+        if self.total and rate > 0:
+            left = int((self.total - done) / rate)
+            line += f" | {100 * done / self.total:.0f} % | {left // 60}:{left % 60:02d} left"
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + line[:width].ljust(width), end="", flush=True)
+            self.shown = width
+        else:
+            print(line, flush=True)
+
+    def close(self):
+        """Wipe the line, so that what follows stands on a clean one."""
+        if self.shown:
+            print("\r" + " " * self.shown + "\r", end="", flush=True)
+            self.shown = 0
+
+
+class CtrlC:
+    """`with CtrlC() as stop:` lets a loop finish its step after Ctrl-C: ask `stop.pressed`.
+
+    A second Ctrl-C interrupts at once.
+    """
+
+    def __enter__(self):
+        self.pressed = False
+        self.previous = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def _press(self, *_):
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous)
+
+
+class Metrics:
+    """The numbers of a training run, a row per evaluation, in a CSV file beside the checkpoint."""
+
+    def __init__(self, out, resume_step=0):
+        self.path, self.rows = Path(out).with_suffix(".csv"), []
+        if resume_step and self.path.exists():  # drop what lies behind the checkpoint
+            with open(self.path, newline="", encoding="utf-8") as file:
+                self.rows = [r for r in csv.DictReader(file) if int(r["step"]) <= resume_step]
+
+    def add(self, **row):
+        """Add a row, with its `step`, and write the file."""
+        self.rows.append(row)
+        with write_atomically(self.path) as part:
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(row))
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+    def plot(self):
+        """Draw train_loss and val_loss over steps as PNG, if matplotlib is there; say so."""
+        path = self.path.with_suffix(".png")
+        try:
+            import matplotlib
+        except ImportError:
+            print(f"no plot of {self.path}: pip install matplotlib draws one")
+            return
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        figure, axes = plt.subplots(figsize=(6, 4))
+        for name in ("train_loss", "val_loss"):
+            axes.plot([int(r["step"]) for r in self.rows], [float(r[name]) for r in self.rows],
+                      label=name)
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.legend()
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+        plt.close(figure)
+        print(f"plot     {path}")
+
+
+def random_state():
+    """The state of torch's random numbers, for a checkpoint."""
+    return {"cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state):
+    """Go on with the random numbers of `random_state()`."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# ---------------------------------------------------------------------------------------------
+# python gpt.py: the walk, or text from a checkpoint.
+
+def decode_stream(tokens, tokenizer):
+    """Token IDs one by one -> pieces of text; a character of several tokens comes out whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
+    yield decoder.decode(b"", final=True)
+
+
+def walk():
+    """Show GPT-2's configuration, its parameters, and the shape of the data after each step."""
+    cfg = {**GPT_CONFIG_124M, "tie_embeddings": True, "qkv_bias": True}
+    with torch.device("meta"):  # shapes without numbers: nothing is computed, nothing allocated
+        model = GPTModel(cfg)
+    print("A GPT reads tokens (pieces of words) and scores every token that could come next.\n\n"
+          "The configuration of GPT-2, the smallest of its four sizes")
+    for key, value in cfg.items():
+        print(f"  {key:16s} {value}")
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    block, L = model.trf_blocks[0], cfg["n_layers"]
+    parts = [("tok_emb: one vector per token", count(model.tok_emb)),
+             ("pos_emb: one vector per position", count(model.pos_emb)),
+             (f"attention, {L} times {count(block.att):,}", L * count(block.att)),
+             (f"feed-forward, {L} times {count(block.ff):,}", L * count(block.ff)),
+             ("layer norms", L * 2 * count(block.norm1) + count(model.final_norm)),
+             ("out_head: the same matrix as tok_emb", 0)]
+    total = count(model)
+    print("\nIts parameters, by part")
+    for name, number in [*parts, ("together", total)]:
+        print(f"  {name:40s} {number:>12,} {100 * number / total:5.1f} %")
+    print(f"  memory: {total * 4 / 1e6:.0f} MB to use it in float32, {total * 16 / 1e6:.0f} MB to "
+          "train it\n  (weights, gradients and AdamW's two averages)")
+
+    ids = torch.tensor([[6109, 3626, 6100, 345]], device="meta")
+    att, steps = block.att, []
+
+    def show(what, t, note):
+        steps.append(f"  {what:28s} {str(tuple(t.shape)):16s} {note}")
+        return t
+
+    show("token IDs", ids, "(B, T): 6109 3626 6100 345, 'Every effort moves you'")
+    x = show("tok_emb + pos_emb", model.tok_emb(ids) + model.pos_emb(ids), "(B, T, C)")
+    y = show("norm1", block.norm1(x), "mean 0, variance 1 in each token")
+    q = show("W_query, and W_key, W_value", att.W_query(y), "one query, key, value per token")
+    q = show("split into heads", q.view(1, 4, att.num_heads, -1).transpose(1, 2), "(B, H, T, D)")
+    w = show("queries x keys, softmax", q @ q.transpose(2, 3), "(B, H, T, T): who looks at whom")
+    y = show("weights x values", w @ q, "(B, H, T, D): what they find there")
+    y = show("join heads, out_proj", att.out_proj(y.transpose(1, 2).reshape(1, 4, -1)), "(B, T, C)")
+    x = show("add to the shortcut", x + y, "what a token is + what it found")
+    y = show("norm2, ff.layers[0], GELU", block.ff.layers[:2](block.norm2(x)), "(B, T, 4 C)")
+    x = show("ff.layers[2], add", x + block.ff.layers[2](y), f"that is one block; {L} follow")
+    x = show("final_norm", model.final_norm(x), "(B, T, C)")
+    show("out_head: logits", model.out_head(x), "(B, T, V): scores for every next token")
+    print("\nOne short sentence on its way through, and the shape after each step\n"
+          + "\n".join(steps))
+    print("\nThe last row of logits chooses the fifth token; append it and repeat: that is "
+          "generation.\nNext: `python pretrain.py` trains a small GPT here, in about two minutes.")
+
+
+def main(argv=None):
+    """The walk without --checkpoint or --prompt, else write."""
+    parser = ArgumentParser(description="A walk through the model; or text from a checkpoint.")
+    parser.add_argument("--checkpoint", type=Path, help="the language model that writes; with "
+                        "--prompt alone: checkpoints/pretrained.pt")
+    parser.add_argument("--prompt", help="text to continue; without it, a new document begins")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=200, help="when to stop")
+    parser.add_argument("--temperature", type=non_negative_float, default=0.8,
+                        help="0 always takes the likeliest token, 1 samples as trained")
+    parser.add_argument("--top-k", type=positive_int, help="choose among the k likeliest tokens")
+    parser.add_argument("--top-p", type=positive_float, help="choose among the likeliest tokens "
+                        "that together reach this probability")
+    add_common_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.top_p and args.top_p > 1:
+        parser.error("argument --top-p: it is a probability, at most 1")
+    if args.checkpoint is None and args.prompt is None:
+        return walk()
+    device = pick_device(args.device)
+    path = args.checkpoint or Path("checkpoints") / "pretrained.pt"
+    model, tokenizer, _ = load_checkpoint(path, device)
+    model.to(pick_dtype(args.dtype, device))
+    idx = text_to_token_ids(args.prompt or "<|endoftext|>", tokenizer).to(device)
+    print(args.prompt or "", end="", flush=True)
+    tokens = (int(row[0]) for row in generate_stream(
+        model, idx, args.max_new_tokens, model.cfg["context_length"], args.temperature,
+        args.top_k, tokenizer.eot_token, args.top_p, seed=args.seed))
+    for piece in decode_stream((t for t in tokens if t != tokenizer.eot_token), tokenizer):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run_main(main)
