@@ -74,7 +74,7 @@ class SelfAttention_v1(nn.Module):
 
     def forward(self, x):
         queries, keys, values = x @ self.W_query, x @ self.W_key, x @ self.W_value
-        attn_scores = queries @ keys.T                            # (T, T): every query with every key
+        attn_scores = queries @ keys.T                           # (T, T): each query with each key
         # Dividing by the root of the width keeps the softmax from saturating on long vectors.
         attn_weights = torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)  # rows sum to 1
         return attn_weights @ values                              # (T, d_out)

@@ -1,0 +1,558 @@
+"""Pretraining: teach a GPT to predict the next token, on your text or on the one Python ships.
+
+    python pretrain.py                                   two minutes on a laptop, nothing downloaded
+    python pretrain.py --data my_texts/ --out checkpoints/mine.pt
+    python pretrain.py --preset verdict                  the book's run (chapter 5)
+    python pretrain.py --preset gpt2 --data corpus/ --device cuda
+    torchrun --nproc-per-node 2 pretrain.py              the same run, shared by two processes
+
+Reads text, writes checkpoints/pretrained.pt (the newest state, for --resume and the next stages),
+pretrained-best.pt (the lowest validation loss) and pretrained.csv (the metrics).
+
+Read it in order: presets -> the book's data loader and simple loop -> the tokens in a file ->
+the training loop that runs -> main. Shapes as in gpt.py: B rows, T tokens, V vocabulary.
+"""
+
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from gpt import (
+    GPT2_SIZES, GPT_CONFIG_124M, ArgumentParser, CtrlC, GPTModel, Metrics, Progress, UserError,
+    add_training_arguments, autocast, check_output, download, generate, generate_text_simple,
+    load_checkpoint, load_tokenizer, pick_device, pick_dtype, positive_int, random_state,
+    read_text_pieces, run_main, save_checkpoint, set_random_state, text_to_token_ids,
+    token_ids_to_text, tokenizer_spec, write_atomically)
+
+SMALL = {"vocab_size": None, "context_length": 256, "emb_dim": 192, "n_heads": 3, "n_layers": 4,
+         "drop_rate": 0.0, "qkv_bias": False, "tie_embeddings": True}
+
+PRESETS = {
+    # Every number here is a starting point to play with; most have a flag of the same name.
+    "quick": {
+        "config": SMALL, "tokenizer": "bytes", "init": "gpt2", "optimizer": "muon",
+        "batch_size": 4, "grad_accum": 1, "epochs": None, "max_steps": 1000, "lr": 0.02,
+        "warmup_steps": 50, "final_lr": 0.0, "weight_decay": 0.1, "clip": 1.0,
+        "eval_every": 100, "prompt": "The import statement"},
+    # The book's run, section 5.2: constant learning rate, torch's own initial values.
+    "verdict": {
+        "config": {**GPT_CONFIG_124M, "context_length": 256}, "tokenizer": "gpt2",
+        "init": "torch", "optimizer": "adamw",
+        "batch_size": 2, "grad_accum": 1, "epochs": 10, "max_steps": None, "lr": 4e-4,
+        "warmup_steps": 0, "final_lr": 1.0, "weight_decay": 0.1, "clip": None,
+        "eval_every": 9, "prompt": "Every effort moves you"},
+    # GPT-2's recipe (Radford et al. 2019; Brown et al. 2020, appendix B) for your own large text.
+    "gpt2": {
+        "config": {**GPT_CONFIG_124M, "drop_rate": 0.0, "tie_embeddings": True},
+        "tokenizer": "gpt2", "init": "gpt2", "optimizer": "adamw",
+        "batch_size": 8, "grad_accum": 8, "epochs": 1, "max_steps": None, "lr": 6e-4,
+        "warmup_steps": 200, "final_lr": 0.1, "weight_decay": 0.1, "clip": 1.0,
+        "eval_every": 100, "prompt": "Every effort moves you"},
+}
+VERDICT = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
+           "01_main-chapter-code/the-verdict.txt")
+VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+
+
+# ---------------------------------------------------------------------------------------------
+# The book's way: a data set of (input, target) rows, a loss, the simplest loop that trains.
+
+class GPTDatasetV1(Dataset):
+    """Text cut into rows of `max_length` tokens, a row every `stride`. Book section 2.6.
+
+    Item i is (input, target), both (max_length,); the target is the input moved on by one token.
+    Raises ValueError when the text has no `max_length` + 1 tokens.
+    """
+
+    def __init__(self, txt, tokenizer, max_length, stride):
+        tokens = torch.tensor(tokenizer.encode(txt, allowed_special={"<|endoftext|>"}))
+        if len(tokens) <= max_length:
+            raise ValueError(f"the text has {len(tokens)} tokens; at least {max_length + 1} are "
+                             "needed")
+        self.input_ids = tokens[:-1].unfold(0, max_length, stride)    # (rows, T), a view: no copies
+        self.target_ids = tokens[1:].unfold(0, max_length, stride)
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def __getitem__(self, i):
+        return self.input_ids[i], self.target_ids[i]
+
+
+def create_dataloader_v1(txt, batch_size=4, max_length=256, stride=128, shuffle=True,
+                         drop_last=True, num_workers=0):
+    """Text -> batches of (inputs, targets), each (B, T), in GPT-2's tokens. Book section 2.6."""
+    dataset = GPTDatasetV1(txt, load_tokenizer("gpt2"), max_length, stride)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last,
+                      num_workers=num_workers)
+
+
+def calc_loss_batch(input_batch, target_batch, model, device):
+    """Mean cross-entropy of a batch in nats per token, a tensor to call backward() on. 5.1.3."""
+    logits = model(input_batch.to(device))                            # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), target_batch.to(device).flatten())
+
+
+def calc_loss_loader(data_loader, model, device, num_batches=None):
+    """Mean loss over the first `num_batches` batches (None: all); NaN if there are none. 5.1.3."""
+    num_batches = min(num_batches or len(data_loader), len(data_loader))
+    losses = [calc_loss_batch(inputs, targets, model, device).item()
+              for _, (inputs, targets) in zip(range(num_batches), data_loader)]
+    return sum(losses) / num_batches if num_batches else math.nan
+
+
+def evaluate_model(model, train_loader, val_loader, device, eval_iter):
+    """(training loss, validation loss), each over `eval_iter` batches, without dropout. 5.2."""
+    model.eval()
+    with torch.no_grad():
+        losses = tuple(calc_loss_loader(loader, model, device, num_batches=eval_iter)
+                       for loader in (train_loader, val_loader))
+    model.train()
+    return losses
+
+
+def generate_and_print_sample(model, tokenizer, device, start_context):
+    """Print how the model continues `start_context`, 50 tokens, greedily. Section 5.2."""
+    model.eval()
+    idx = text_to_token_ids(start_context, tokenizer).to(device)
+    ids = generate_text_simple(model, idx, max_new_tokens=50,
+                               context_size=model.pos_emb.weight.shape[0])
+    print(token_ids_to_text(ids, tokenizer).replace("\n", " "))
+    model.train()
+
+
+def train_model_simple(model, train_loader, val_loader, optimizer, device, num_epochs, eval_freq,
+                       eval_iter, start_context, tokenizer):
+    """The loop one would explain first; `train_model` below is the one that runs. Section 5.2.
+
+    Returns the lists (training losses, validation losses, tokens seen), an entry per evaluation.
+    """
+    train_losses, val_losses, track_tokens_seen = [], [], []
+    tokens_seen, global_step = 0, -1
+    for epoch in range(num_epochs):
+        model.train()
+        for input_batch, target_batch in train_loader:
+            optimizer.zero_grad()
+            loss = calc_loss_batch(input_batch, target_batch, model, device)
+            loss.backward()   # how would the loss change with each weight?
+            optimizer.step()  # change each weight so that it falls
+            tokens_seen += input_batch.numel()
+            global_step += 1
+            if global_step % eval_freq == 0:
+                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, device,
+                                                      eval_iter)
+                train_losses.append(train_loss)
+                val_losses.append(val_loss)
+                track_tokens_seen.append(tokens_seen)
+                print(f"Ep {epoch + 1} (Step {global_step:06d}): Train loss {train_loss:.3f}, "
+                      f"Val loss {val_loss:.3f}")
+        generate_and_print_sample(model, tokenizer, device, start_context)
+    return train_losses, val_losses, track_tokens_seen
+
+
+# ---------------------------------------------------------------------------------------------
+# The text as one long row of tokens in a file, so that its size does not matter.
+
+def find_documents(preset, data):
+    """-> (name, list of documents, stamp). A document is a function that yields pieces of text.
+
+    `data` are files and folders (all files in them, sorted); without, the preset's own text. The
+    stamp changes when the text does.
+    """
+    if data:
+        paths = []
+        for path in data:
+            inside = sorted(p for p in path.rglob("*") if p.is_file()
+                            and not any(part.startswith(".") for part in p.parts))
+            if path.is_dir() and not inside:
+                raise UserError(f"the folder {path} has no files; put UTF-8 text in it")
+            paths += inside if path.is_dir() else [path]
+    elif preset == "verdict":
+        paths = [download([VERDICT], Path("data") / "the-verdict.txt", VERDICT_SHA256)]
+    elif preset == "gpt2":
+        raise UserError("the preset gpt2 trains on your own text; name it: --data FILE-OR-FOLDER")
+    else:  # the reference manual, which every CPython carries for its help()
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise UserError("this Python comes without pydoc_data, the text of the quick preset; "
+                            "name another text: --data FILE-OR-FOLDER") from None
+        texts = [topics[name] for name in sorted(topics)]
+        stamp = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        return "Python's reference manual", [lambda t=t: iter([t]) for t in texts], stamp
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]} is not there; check --data")
+    stamp = repr([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
+    name = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
+    return name, [lambda p=p: read_text_pieces(p) for p in paths], stamp
+
+
+def tokens_on_disk(documents, stamp, tokenizer):
+    """All documents as one array of token IDs, each closed by `<|endoftext|>`; a memory map.
+
+    They are written once to data/tokens-*.bin, 16 bits each if the vocabulary allows it, piece by
+    piece; the name depends on text and tokenizer, so a change of either makes a new file.
+    """
+    spec = repr(tokenizer_spec(tokenizer))
+    key = hashlib.sha256(f"{stamp} {spec}".encode()).hexdigest()[:16]
+    path = Path("data") / f"tokens-{key}.bin"
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    if not path.exists():
+        progress, done = Progress(None, "tokens"), 0
+        with write_atomically(path) as part, open(part, "wb") as file:
+            for document in documents:
+                for piece in document():
+                    ids = tokenizer.encode_to_numpy(piece, disallowed_special=()).astype(dtype)
+                    ids.tofile(file)
+                    done += len(ids)
+                    progress.update(done, "turning text into tokens")
+                np.array([tokenizer.eot_token], dtype).tofile(file)
+        progress.close()
+    return np.memmap(path, dtype, mode="r")
+
+
+class TokenRows:
+    """A row of tokens cut into rows of T inputs and T targets.
+
+    Every token but the first is a target exactly once: the last row begins earlier, to be full,
+    and what it repeats has the target -100, which the loss ignores.
+    """
+
+    def __init__(self, tokens, T):
+        self.tokens, self.T = tokens, T
+        self.num_targets = len(tokens) - 1
+        self.num_rows = math.ceil(self.num_targets / T)
+
+    def batch(self, rows, device="cpu"):
+        """Row numbers (B,) -> inputs (B, T), targets (B, T)."""
+        starts = np.asarray(rows) * self.T
+        moved = np.maximum(starts + self.T - self.num_targets, 0)     # how far the last row moves
+        block = self.tokens[(starts - moved)[:, None] + np.arange(self.T + 1)].astype(np.int64)
+        targets = np.where(np.arange(self.T) < moved[:, None], -100, block[:, 1:])
+        x, y = torch.from_numpy(block[:, :-1].copy()), torch.from_numpy(targets)
+        if torch.device(device).type == "cuda":  # pinned memory is copied while the GPU computes
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def split_tokens(tokens, T, val_share, name):
+    """-> (training rows, validation rows): the last `val_share` of the tokens is held out."""
+    num_train = int(len(tokens) * (1 - val_share))
+    if min(num_train, len(tokens) - num_train) < T + 1:
+        needed = math.ceil((T + 1) / min(val_share, 1 - val_share)) + 1
+        raise UserError(f"{name} is too short: {len(tokens):,} tokens, but at least {needed:,} are "
+                        f"needed for a context of {T}; add text or lower --context-length")
+    return TokenRows(tokens[:num_train], T), TokenRows(tokens[num_train:], T)
+
+
+# ---------------------------------------------------------------------------------------------
+# The training loop that runs.
+
+def init_gpt2_weights(model):
+    """GPT-2's initial values: normal, 0.02 wide; smaller where a block adds to the shortcut.
+
+    A block adds twice, so n_layers blocks add 2 n_layers times, and dividing by the root of that
+    keeps the sum's size independent of the depth (Radford et al. 2019, section 2.3).
+    """
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            adds = name.endswith(("att.out_proj.weight", "ff.layers.2.weight"))
+            std = 0.02 / math.sqrt(2 * model.cfg["n_layers"]) if adds else 0.02
+            torch.nn.init.normal_(p, std=std)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+
+
+def make_optimizers(model, settings):
+    """A list of optimizers that together hold every parameter.
+
+    Only matrices decay: biases, norms and embeddings have no reason to be near zero. "muon" gives
+    the blocks' matrices to Muon (Jordan et al. 2024), which makes all directions of an update
+    equally large; it needs about half of AdamW's steps here for the same loss.
+    """
+    lr, decay = settings["lr"], settings["weight_decay"]
+    if settings["optimizer"] == "adamw" and settings["init"] == "torch":   # the book's: all decay
+        return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay, fused=True)]
+    inside = {p for p in model.trf_blocks.parameters() if p.ndim == 2}
+    rest = [p for p in model.parameters() if p not in inside]
+    matrices = [p for p in model.parameters() if p in inside]
+    if settings["optimizer"] == "muon":
+        return [torch.optim.Muon(matrices, lr=lr, weight_decay=decay, momentum=0.95),
+                torch.optim.AdamW(rest, lr=0.15 * lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)]
+    return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay},
+                               {"params": rest, "weight_decay": 0.0}],
+                              lr=lr, betas=(0.9, 0.95), fused=True)]
+
+
+def lr_factor(step, settings):
+    """What the learning rate is multiplied by: a linear rise, then half a cosine down."""
+    if step < settings["warmup_steps"]:
+        return (step + 1) / settings["warmup_steps"]
+    share = (step - settings["warmup_steps"]) / max(
+        1, settings["total_steps"] - settings["warmup_steps"])
+    cosine = 0.5 * (1 + math.cos(math.pi * share))
+    return settings["final_lr"] + (1 - settings["final_lr"]) * cosine
+
+
+def rows_of_step(step, num_rows, settings):
+    """The row numbers of an optimizer step: each epoch is a new shuffle, known from the seed."""
+    per_step = settings["batch_size"] * settings["grad_accum"]
+    epoch, k = divmod(step, math.ceil(num_rows / per_step))
+    order = np.random.default_rng([settings["seed"], epoch]).permutation(num_rows)
+    return order[k * per_step:(k + 1) * per_step]
+
+
+def accumulate_gradients(model, train_rows, rows, settings, device):
+    """Forward and backward over the rows of one step, a batch at a time; returns the mean loss.
+
+    Dividing by the targets of the whole step makes many small batches equal one large one, also
+    when they hold different numbers of targets.
+    """
+    batches = [train_rows.batch(part, device) for part in
+               np.array_split(rows, math.ceil(len(rows) / settings["batch_size"]))]
+    num_targets = sum(int((targets != -100).sum()) for _, targets in batches)
+    step_loss = 0.0
+    for inputs, targets in batches:
+        with autocast(device, settings["dtype"]):
+            logits = model(inputs)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        (loss / num_targets).backward()
+        step_loss += loss.item() / num_targets
+    return step_loss
+
+
+@torch.no_grad()
+def evaluate_rows(model, rows, tokenizer, settings, device):
+    """Over `rows`, without dropout -> (nats per token, bits per byte of text).
+
+    Bits per byte compare models of different vocabularies: a token may stand for many bytes.
+    """
+    bytes_of = torch.tensor([len(tokenizer.decode_single_token_bytes(i)) if i in known else 0
+                             for known in [set(tokenizer._mergeable_ranks.values())]
+                             for i in range(tokenizer.n_vocab)])
+    count = min(rows.num_rows, (settings["eval_batches"] or math.inf) * settings["batch_size"])
+    numbers = np.linspace(0, rows.num_rows - 1, int(count)).astype(int)   # evenly spread
+    nats = num_tokens = num_bytes = 0
+    model.eval()
+    for part in np.array_split(numbers, math.ceil(count / (4 * settings["batch_size"]))):
+        inputs, targets = rows.batch(part, device)
+        with autocast(device, settings["dtype"]):
+            logits = model(inputs)
+        nats += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                reduction="sum").item()
+        real = targets[targets != -100].cpu()
+        num_tokens += len(real)
+        num_bytes += int(bytes_of[real].sum())
+    model.train()
+    return nats / num_tokens, nats / num_bytes / math.log(2)
+
+
+def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, saved=None):
+    """Train until settings["total_steps"], evaluating and saving every settings["eval_every"].
+
+    `saved` is the dictionary of a checkpoint to go on from: the run then ends with the very
+    weights of one that was never interrupted. Raises UserError when the loss is not finite (the
+    last checkpoint is kept) and KeyboardInterrupt after Ctrl-C, when the step is saved.
+    """
+    optimizers = make_optimizers(model, settings)
+    peak_lrs = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    step, best, loss_sum, loss_steps = 0, math.inf, 0.0, 0
+    if saved:
+        step, best, (loss_sum, loss_steps) = saved["step"], saved["best"], saved["losses"]
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        set_random_state(saved["random"])
+    metrics = Metrics(out, step)
+    tokens_per_step = settings["batch_size"] * settings["grad_accum"] * train_rows.T
+    progress = Progress(settings["total_steps"] * tokens_per_step, "tokens")
+    model.train()
+    with CtrlC() as stop:
+        while step < settings["total_steps"]:
+            for optimizer, peaks in zip(optimizers, peak_lrs):
+                for group, peak in zip(optimizer.param_groups, peaks):
+                    group["lr"] = peak * lr_factor(step, settings)
+            rows = rows_of_step(step, train_rows.num_rows, settings)
+            loss = accumulate_gradients(model, train_rows, rows, settings, device)
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step + 1}; the last checkpoint is "
+                                f"kept. Try a lower --lr than {settings['lr']:g}")
+            if settings["clip"]:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step, loss_sum, loss_steps = step + 1, loss_sum + loss, loss_steps + 1
+            progress.update(step * tokens_per_step, f"step {step} | loss {loss:.3f}")
+            evaluate = step % settings["eval_every"] == 0 or step == settings["total_steps"]
+            if evaluate:
+                progress.close()
+                val_loss, bits = evaluate_rows(model, val_rows, tokenizer, settings, device)
+                metrics.add(step=step, tokens=step * tokens_per_step,
+                            train_loss=round(loss_sum / loss_steps, 5),
+                            val_loss=round(val_loss, 5), bits_per_byte=round(bits, 5))
+                print_evaluation(model, tokenizer, settings, device, metrics.rows[-1])
+                loss_sum, loss_steps = 0.0, 0
+                if val_loss < best:
+                    best = val_loss
+                    save_checkpoint(best_path(out), model, tokenizer, step=step)
+            if evaluate or stop.pressed:
+                save_checkpoint(out, model, tokenizer, step=step, best=best,
+                                losses=[loss_sum, loss_steps], settings=plain(settings),
+                                optimizers=[o.state_dict() for o in optimizers],
+                                random=random_state())
+            if stop.pressed:
+                progress.close()
+                print(f"stopped at step {step}, saved; go on with the same command and --resume")
+                raise KeyboardInterrupt
+    metrics.plot()
+
+
+def best_path(out):
+    """checkpoints/pretrained.pt -> checkpoints/pretrained-best.pt"""
+    return out.with_name(out.stem + "-best" + out.suffix)
+
+
+def plain(settings):
+    """The settings as a checkpoint may hold them: numbers, strings and the like."""
+    return {**settings, "dtype": str(settings["dtype"]).removeprefix("torch.")}
+
+
+def print_evaluation(model, tokenizer, settings, device, row):
+    """A line of numbers, and how the model continues the preset's prompt, greedily."""
+    print(f"step {row['step']:5d} | train loss {row['train_loss']:.3f} | val loss "
+          f"{row['val_loss']:.3f} | perplexity {math.exp(min(row['val_loss'], 99)):.1f} | "
+          f"{row['bits_per_byte']:.3f} bits/byte")
+    idx = text_to_token_ids(settings["prompt"], tokenizer).to(device)
+    ids = generate(model, idx, 60, model.cfg["context_length"], eos_id=tokenizer.eot_token)
+    print("           " + " ".join(token_ids_to_text(ids, tokenizer).split()), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# python pretrain.py
+
+def parse_arguments(argv):
+    """The command line; what is not given there comes from the preset."""
+    parser = ArgumentParser(description="Pretrain a GPT. Numbers that are not given come from the "
+                            "preset, a table at the top of this file.")
+    arg = parser.add_argument
+    arg("--preset", choices=list(PRESETS), default="quick", help="which recipe")
+    arg("--data", type=Path, nargs="+", help="files and folders of UTF-8 text instead of the "
+        "preset's own")
+    arg("--init", type=Path, help="checkpoint to start from instead of random weights")
+    arg("--tokenizer", help="gpt2, bytes, or a file made by: python tokenizer.py train")
+    arg("--size", choices=list(GPT2_SIZES), help="width, depth and heads of a published GPT-2")
+    for name in ("context_length", "emb_dim", "n_layers", "n_heads"):
+        arg("--" + name.replace("_", "-"), type=positive_int, help=f"{name} of the model")
+    arg("--val-share", type=float, default=0.1, help="last part of the tokens, held out")
+    arg("--eval-batches", type=positive_int, help="batches in an evaluation, not all of them")
+    add_training_arguments(parser, "checkpoints/pretrained.pt", None, None, None, None, None)
+    args = parser.parse_args(argv)
+    if not 0 < args.val_share < 1:
+        parser.error("argument --val-share: it must lie between 0 and 1")
+    if args.init and (args.tokenizer or args.size or args.emb_dim or args.n_layers
+                      or args.n_heads or args.context_length):
+        parser.error("--init brings its own tokenizer and sizes; leave out the flags for those")
+    return args
+
+
+def make_model(args, preset):
+    """-> (model, tokenizer), fresh or from --init."""
+    if args.init:
+        model, tokenizer, _ = load_checkpoint(args.init)
+        return model, tokenizer
+    tokenizer = load_tokenizer(args.tokenizer or preset["tokenizer"])
+    cfg = {**preset["config"], **GPT2_SIZES.get(args.size, {}), "vocab_size": tokenizer.n_vocab}
+    cfg.update({name: getattr(args, name) for name in cfg if getattr(args, name, None)})
+    if cfg["emb_dim"] % cfg["n_heads"]:
+        raise UserError(f"emb_dim {cfg['emb_dim']} cannot be shared out among {cfg['n_heads']} "
+                        "heads; change --emb-dim or --n-heads")
+    model = GPTModel(cfg)
+    if preset["init"] == "gpt2":
+        init_gpt2_weights(model)
+    return model, tokenizer
+
+
+def make_settings(args, preset, train_rows):
+    """The preset with what the command line says, and the number of steps that follows."""
+    settings = {name: value for name, value in preset.items() if name != "config"}
+    if args.epochs:
+        settings["max_steps"] = None  # whoever asks for epochs gets all of them
+    for name in ("batch_size", "grad_accum", "epochs", "max_steps", "lr", "eval_every"):
+        settings[name] = getattr(args, name) or settings[name]
+    settings.update(seed=args.seed, eval_batches=args.eval_batches)
+    per_epoch = math.ceil(train_rows.num_rows / (settings["batch_size"] * settings["grad_accum"]))
+    epochs = settings["epochs"] * per_epoch if settings["epochs"] else math.inf
+    settings["total_steps"] = min(epochs, settings["max_steps"] or math.inf)
+    settings["data"] = hashlib.sha256(np.ascontiguousarray(
+        train_rows.tokens[::max(1, len(train_rows.tokens) // 10**6)]).tobytes()).hexdigest()
+    return settings
+
+
+def check_resume(saved, settings, path):
+    """Raise UserError when the run in the checkpoint is not the one the command line describes."""
+    before = saved.get("settings")
+    if not before:
+        raise UserError(f"{path} is not a run of pretrain.py that can go on; start from its "
+                        f"weights with: --init {path}")
+    for name in ("data", "seed", "batch_size", "grad_accum", "optimizer", "total_steps", "lr"):
+        if before.get(name) != settings[name]:
+            raise UserError(f"{path} is a run with another --{name.replace('_', '-')} "
+                            f"({before.get(name)}, now {settings[name]}); repeat its command, or "
+                            f"start anew from its weights with: --init {path}")
+
+
+def main(argv=None):
+    """Text -> tokens -> model -> training -> checkpoint."""
+    args = parse_arguments(argv)
+    preset = PRESETS[args.preset]
+    device = pick_device(args.device)
+    check_output(args.out)
+    documents_name, documents, stamp = find_documents(args.preset, args.data)
+    torch.manual_seed(args.seed)
+    saved = None
+    if args.resume and args.out.exists():
+        model, tokenizer, saved = load_checkpoint(args.out)
+    else:
+        model, tokenizer = make_model(args, preset)
+    tokens = tokens_on_disk(documents, stamp, tokenizer)
+    train_rows, val_rows = split_tokens(tokens, model.cfg["context_length"], args.val_share,
+                                        documents_name)
+    settings = make_settings(args, preset, train_rows)
+    settings["dtype"] = pick_dtype(args.dtype, device)
+    if saved:
+        check_resume(saved, settings, args.out)
+        # The choice of `auto` depends on a measurement; a resumed run keeps it.
+        if args.dtype == "auto":
+            settings["dtype"] = getattr(torch, saved["settings"]["dtype"])
+    model.to(device)
+    cfg = model.cfg
+    print(f"text     {documents_name}: {train_rows.num_targets + 1:,} tokens ({tokenizer.name}) "
+          f"to train, {val_rows.num_targets + 1:,} held out\n"
+          f"model    {sum(p.numel() for p in model.parameters()):,} parameters: {cfg['n_layers']} "
+          f"blocks, {cfg['emb_dim']} wide, {cfg['n_heads']} heads, context "
+          f"{cfg['context_length']}\n"
+          f"run      {settings['total_steps']:,} steps of {settings['batch_size']} x "
+          f"{settings['grad_accum']} rows, {device}, {plain(settings)['dtype']}"
+          + (f", from step {saved['step']:,}" if saved else "")
+          + f"\nA blind guess has a loss of ln {cfg['vocab_size']:,} = "
+          f"{math.log(cfg['vocab_size']):.2f}.", flush=True)
+    train_model(model, tokenizer, train_rows, val_rows, settings, device, args.out, saved)
+    print(f"saved    {args.out} (newest), {best_path(args.out).name} (lowest validation loss), "
+          f"{args.out.with_suffix('.csv').name}\n\nIt writes (temperature 0.8):")
+    idx = text_to_token_ids(settings["prompt"], tokenizer).to(device)
+    ids = generate(model, idx, 300, cfg["context_length"], temperature=0.8, seed=args.seed,
+                   eos_id=tokenizer.eot_token)
+    print(token_ids_to_text(ids, tokenizer))
+    print(f"\nNext: python gpt.py --checkpoint {args.out} --prompt \"{settings['prompt']}\"")
+
+
+if __name__ == "__main__":
+    run_main(main)
