@@ -2,7 +2,7 @@
 
     python tokenizer.py                                    a walk from words to byte pairs
     python tokenizer.py train data/the-verdict.txt --vocab-size 1024 --out checkpoints/my.tiktoken
-    python tokenizer.py encode --tokenizer checkpoints/my.tiktoken "It was not till three years later"
+    python tokenizer.py encode --tokenizer checkpoints/my.tiktoken "It was not till later"
     python tokenizer.py compare data/the-verdict.txt       GPT-2's tokens: here and in tiktoken
 
 A model computes with numbers, so text becomes a list of token IDs first and comes back from one at
@@ -14,6 +14,7 @@ Read it in order: words -> the idea of byte pairs -> training -> the tokenizer -
 """
 
 import base64
+import functools
 import heapq
 import json
 import operator
@@ -26,6 +27,7 @@ from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 import regex
+import tiktoken
 
 from gpt import (GPT2_SPLIT_PATTERN, ArgumentParser, Progress, UserError, check_output,
                  gpt2_vocabulary_files, load_tokenizer, positive_int, read_rank_file,
@@ -66,7 +68,7 @@ class SimpleTokenizerV1:
         self.int_to_str = {i: s for s, i in vocab.items()}
 
     def encode(self, text):
-        """Text -> list of IDs. Raises KeyError with the first word that is not in the vocabulary."""
+        """Text -> list of IDs. Raises KeyError with the first word that `vocab` does not hold."""
         return [self.str_to_int[word] for word in split_words(text)]
 
     def decode(self, ids):
@@ -150,56 +152,49 @@ def learn_merges(chunk_counts):
         heads.append(GAP)
         weights.extend([count] * (len(chunk) + 1))
     tails = heads[:]
-    pair_counts, places = defaultdict(int), defaultdict(lambda: array("i"))
+    counts, places = defaultdict(int), defaultdict(lambda: array("i"))  # of each pair
     for i, pair in enumerate(pairwise(heads)):
         if GAP not in pair:
-            pair_counts[pair] += weights[i]
+            counts[pair] += weights[i]
             places[pair].append(i)
+    queue = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(queue)
 
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-    while heap:
-        count, pair = heapq.heappop(heap)
-        now = pair_counts[pair]
-        if -count != now:  # other merges have taken some of it: back into the queue
-            if now:
-                heapq.heappush(heap, (-now, pair))
+    while queue:
+        count, pair = heapq.heappop(queue)
+        if counts[pair] != -count:  # other merges took some of it: it has to queue again
+            if counts[pair]:
+                heapq.heappush(queue, (-counts[pair], pair))
             continue
         left, right = pair
         token = tokens[left] + tokens[right]
-        if token not in ids:  # "abc" can arise as a + bc and as ab + c; it is one token
+        if token not in ids:  # "abc" can arise as a + bc and as ab + c: it is one token
             ids[token] = len(tokens)
             tokens.append(token)
-            yield tokens[left], tokens[right], now
-        new = ids[token]
-        for pair in merge_places(pair, new, tokens, heads, tails, weights, pair_counts, places):
-            heapq.heappush(heap, (-pair_counts[pair], pair))
-
-
-def merge_places(pair, new, tokens, heads, tails, weights, pair_counts, places):
-    """Put `new` wherever `pair` stands, keep the counts right, return the pairs that arose."""
-    left, right = pair
-    size, whole, arose = len(tokens[left]), len(tokens[new]), set()
-    # From left to right, so that "aaa" becomes (aa)a. subtle: some places are out of date by now;
-    # the pair still stands at i only if both tokens do.
-    for i in sorted(places.pop(pair)):
-        if heads[i] != left or heads[i + size] != right:
-            continue
-        weight, end = weights[i], i + whole
-        before, after = tails[i - 1], heads[end]
-        if before != GAP:
-            pair_counts[before, left] -= weight
-            pair_counts[before, new] += weight
-            places[before, new].append(i - len(tokens[before]))
-            arose.add((before, new))
-        if after != GAP:
-            pair_counts[right, after] -= weight
-            pair_counts[new, after] += weight
-            places[new, after].append(i)
-            arose.add((new, after))
-        heads[i], heads[i + size], tails[end - 1] = new, GAP, new
-    del pair_counts[pair]
-    return arose
+            yield tokens[left], tokens[right], -count
+        new, size, arose = ids[token], len(tokens[left]), set()
+        # From left to right, so that "aaa" becomes (aa)a. subtle: some places are out of date by
+        # now; the pair still stands at i only if both its tokens do.
+        for i in sorted(places.pop(pair)):
+            if heads[i] != left or heads[i + size] != right:
+                continue
+            weight, end = weights[i], i + len(token)
+            before, after = tails[i - 1], heads[end]
+            if before != GAP:
+                counts[before, left] -= weight
+                counts[before, new] += weight
+                places[before, new].append(i - len(tokens[before]))
+                arose.add((before, new))
+            if after != GAP:
+                counts[right, after] -= weight
+                counts[new, after] += weight
+                places[new, after].append(i)
+                arose.add((new, after))
+            heads[i], heads[i + size], tails[end - 1] = new, GAP, new
+        del counts[pair]
+        for pair in arose:
+            if counts[pair]:  # "aaaa" first gives (aa)a, which is gone again in (aa)(aa)
+                heapq.heappush(queue, (-counts[pair], pair))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -259,7 +254,7 @@ class BPETokenizer:
         split = regex.compile(GPT2_SPLIT_PATTERN)
         for piece in [text] if isinstance(text, str) else text:
             for part in split_special(check_text(piece), special_tokens)[::2]:
-                counts.update(split.findall(part))
+                counts.update(split_chunks(split, part))
         ranks = {bytes([byte]): byte for byte in range(256)}
         progress = Progress(wanted, "merges")
         merges = learn_merges({chunk.encode("utf-8"): n for chunk, n in counts.items()})
@@ -291,7 +286,7 @@ class BPETokenizer:
             if i % 2:
                 ids.append(self.special_tokens[part])
                 continue
-            for chunk in self._split.findall(part):
+            for chunk in split_chunks(self._split, part):
                 chunk_ids = cache.get(chunk)
                 ids += self._encode_chunk(chunk) if chunk_ids is None else chunk_ids
         return ids
@@ -369,6 +364,8 @@ class BPETokenizer:
         tokenizer = cls()
         try:
             tokenizer._set(*read_rank_file(path))
+            if tokenizer._split.groups:  # findall would return the groups, not the chunks
+                raise regex.error("a group that captures; write (?:...)")
         except regex.error as e:
             raise UserError(f"{path}.json has a broken split pattern ({e}); train anew") from None
         return tokenizer
@@ -429,6 +426,31 @@ def split_special(text, special_tokens):
         return [text]
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text)
+
+
+def split_chunks(split, text):
+    """The chunks of `text` that the compiled pattern `split` finds, exactly as tiktoken cuts it."""
+    if text.isascii() or newer_letters().isdisjoint(text):
+        return split.findall(text)
+    with_symbols = "".join(["\uffff" if c in newer_letters() else c for c in text])
+    return [text[m.start():m.end()] for m in split.finditer(with_symbols)]
+
+
+@functools.cache
+def newer_letters():
+    """The set of letters and digits that `regex` knows but tiktoken takes for symbols.
+
+    Unicode gains letters every year, and the tables in the two packages are of different years.
+    """
+    letters = regex.findall(r"[\p{L}\p{N}]", "".join(  # there are none from U+40000 onwards
+        map(chr, [*range(0xd800), *range(0xe000, 0x40000)])))
+    ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), b"'s"])}
+    tables = tiktoken.Encoding("tables", pat_str=GPT2_SPLIT_PATTERN, mergeable_ranks=ranks,
+                               special_tokens={})
+    # After a letter, 's is a chunk and so a token. After a symbol, ' belongs to the symbol.
+    ids = tables.encode_ordinary("".join(letter + "'s " for letter in letters))
+    marks = [i for i in ids if i in (ranks[b"'s"], ranks[b"'"])]
+    return {letter for letter, mark in zip(letters, marks) if mark == ranks[b"'"]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -517,7 +539,7 @@ def train(files, vocab_size, out):
     if not total:
         raise UserError("the text must be in files, whose size is known, not in a pipe")
     pieces = (piece for path in files
-              for piece in read_text_pieces(path, size=max(1, min(total // 40, 1 << 22))))
+              for piece in read_text_pieces(path, size=max(1, min(total // 100, 1 << 22))))
     progress = Progress(total, "B")
 
     def first_part():
@@ -539,8 +561,6 @@ def train(files, vocab_size, out):
     for piece in pieces:
         num_bytes += len(piece.encode("utf-8"))
         num_tokens += len(tokenizer.encode(piece, allowed_special="all"))
-        progress.update(total, "measuring")
-    progress.close()
     if num_tokens:
         print(f"held out {num_bytes:,} bytes, the last tenth of the text, which the training has "
               f"not seen:\n         {num_tokens:,} tokens, {num_bytes / num_tokens:.2f} bytes per "
