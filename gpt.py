@@ -713,73 +713,98 @@ def download(urls, path, sha256=None, timeout=30):
     the one that Hugging Face's hub announces) are checked before the file gets its name.
     `timeout` is in seconds without a byte. Raises UserError with each address and its reason.
     """
-    path, reasons = Path(path), []
+    path, reasons, origin = Path(path), [], None
+    part = path.with_name(path.name + ".part")
     if path.exists():
         return path
     for url in urls:
-        for attempt in range(3):  # a broken connection is resumed; an answer of "no" is final
+        failures = 0
+        while failures < 3:  # in a row, without a byte; then the next address
+            before = part.stat().st_size if part.exists() else 0
+            # Two servers' bytes are mixed only if a checksum can tell whether they match.
+            resume = bool(sha256) or origin in (None, url)
             try:
-                fetch(url, path, sha256, timeout)
+                fetch(url, path, sha256, timeout, resume)
                 return path
-            except requests.exceptions.HTTPError as e:
-                reason = f"{e.response.status_code} {e.response.reason}"
-                if e.response.status_code < 500:
-                    break
-            except requests.exceptions.Timeout:
-                reason = f"no answer within {timeout} s"
             except requests.exceptions.RequestException as e:
-                reason = "no connection" if "Max retries" in str(e) else "the connection broke off"
-                if "Max retries" in str(e):
-                    break
+                reason, final = explain_failure(e, timeout)
             except ValueError as e:  # what came is not what was announced
-                reason = str(e)
-                break
+                reason, final = str(e), before == 0 or not resume
             except OSError as e:
                 raise UserError(f"{path} could not be written ({e.strerror})") from None
-            time.sleep(min(attempt, timeout / 10))
+            if final:
+                break
+            after = part.stat().st_size if part.exists() else 0
+            failures = 0 if after > before else failures + 1
+            origin = url if after != before else origin
+            time.sleep(min(failures, timeout / 10))
         reasons.append(f"  {url}: {reason}")
     raise UserError(f"{path.name} could not be downloaded; put it at {path} by hand, or try again "
                     "when there is a network:\n" + "\n".join(reasons))
 
 
-def fetch(url, path, sha256, timeout):
+def explain_failure(error, timeout):
+    """What requests raised -> (the reason in words, whether trying again is pointless)."""
+    if isinstance(error, requests.exceptions.HTTPError):
+        status = error.response.status_code
+        return f"{status} {error.response.reason}", status < 500
+    if isinstance(error, requests.exceptions.Timeout) or "timed out" in str(error):
+        return (f"no answer within {timeout} s",
+                isinstance(error, requests.exceptions.ConnectTimeout))
+    if "Max retries" in str(error):
+        return "no connection", True
+    return "the connection broke off", False
+
+
+def fetch(url, path, sha256, timeout, resume):
     """One attempt of `download`. Raises what requests raises, or ValueError for wrong content."""
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
+    have = part.stat().st_size if resume and part.exists() else 0
     headers = {"Accept-Encoding": "identity"}  # so that lengths count the file's own bytes
     if have:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-        if response.status_code == 416:  # nothing lies beyond what is there: begin again
-            part.unlink()
-            return fetch(url, path, sha256, timeout)
-        response.raise_for_status()
-        if response.status_code != 206:  # the server sends the whole file, whatever was asked
+        span = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)$", response.headers.get("Content-Range", ""))
+        if response.status_code in (206, 416) and not (
+                have and span and int(span[1] or span[2]) == have):
+            part.unlink(missing_ok=True)  # not the piece that is missing: begin again
+            raise ValueError("the server did not resume where it was asked to")
+        if response.status_code != 416:  # which says that nothing is missing
+            response.raise_for_status()
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise ValueError("a web page came instead of the file")
+        if response.status_code == 200:  # the whole file, whatever was asked
             have = 0
-        size = response.headers.get("Content-Length")
-        total = have + int(size) if size else None
-        for answer in [*response.history, response]:  # the hub announces it before it redirects
-            announced = answer.headers.get("X-Linked-Etag", answer.headers.get("ETag", ""))
-            if not sha256 and re.fullmatch("[0-9a-f]{64}", announced.strip('"')):
-                sha256 = announced.strip('"')
-        progress = Progress(total, "B")
-        with open(part, "ab" if have else "wb") as file:
-            for block in response.iter_content(1 << 20):
-                have += file.write(block)
-                progress.update(have, f"downloading {path.name}")
-        progress.close()
-    if total is not None and have < total:
-        raise requests.exceptions.ConnectionError(f"{have} of {total} bytes came")
+        size = span[2] if span else response.headers.get("Content-Length")
+        sha256 = sha256 or announced_sha256(response)
+        progress = Progress(int(size) if size else None, "B")
+        try:
+            with open(part, "ab" if have else "wb") as file:
+                for block in response.iter_content(1 << 18) if response.status_code != 416 else ():
+                    progress.update(have, f"downloading {path.name}")
+                    have += file.write(block)
+        finally:
+            progress.close()
+    if size and have < int(size):
+        raise requests.exceptions.ConnectionError(f"{have} of {size} bytes came")
     digest = hashlib.sha256()
     with open(part, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    if sha256 and digest.hexdigest() != sha256:
+    if (sha256 and digest.hexdigest() != sha256) or (size and have > int(size)):
         part.unlink()
-        raise ValueError(f"wrong content (SHA-256 {digest.hexdigest()[:16]}..., expected "
-                         f"{sha256[:16]}...)")
+        raise ValueError(f"wrong content ({have} bytes with the SHA-256 {digest.hexdigest()[:16]}"
+                         f"..., expected {size or have} with {(sha256 or 'any')[:16]}...)")
     os.replace(part, path)
+
+
+def announced_sha256(response):
+    """The SHA-256 that the hub announces in a header, before it redirects; or None."""
+    for header in ("X-Linked-Etag", "ETag"):
+        for answer in [*response.history, response]:
+            if found := re.fullmatch('(?:W/)?"?([0-9a-f]{64})"?', answer.headers.get(header, "")):
+                return found[1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1045,7 +1070,7 @@ class Metrics:
                 writer.writeheader()
                 writer.writerows(self.rows)
 
-    def plot(self):
+    def plot(self, per="token"):
         """Draw train_loss and val_loss over steps as PNG, if matplotlib is there; say so."""
         path = self.path.with_suffix(".png")
         try:
@@ -1059,7 +1084,7 @@ class Metrics:
         for name in ("train_loss", "val_loss"):
             axes.plot([int(r["step"]) for r in self.rows], [float(r[name]) for r in self.rows],
                       label=name)
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.set(xlabel="step", ylabel=f"loss (nats per {per})")
         axes.legend()
         figure.savefig(path, dpi=120, bbox_inches="tight")
         plt.close(figure)
