@@ -765,38 +765,54 @@ def fetch(url, path, sha256, timeout, resume):
     if have:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-        span = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)$", response.headers.get("Content-Range", ""))
-        if response.status_code in (206, 416) and not (
-                have and span and int(span[1] or span[2]) == have):
-            part.unlink(missing_ok=True)  # not the piece that is missing: begin again
-            raise ValueError("the server did not resume where it was asked to")
-        if response.status_code != 416:  # which says that nothing is missing
+        status, length = response.status_code, response.headers.get("Content-Length")
+        if status in (206, 416):  # the rest of the file; or there is no rest
+            span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)",
+                                response.headers.get("Content-Range", ""))
+            if not have or not span or int(span[1] or span[2]) != have:
+                part.unlink(missing_ok=True)
+                raise ValueError("the server did not go on where it was asked to")
+            length = span[2]
+        else:  # the whole file, whatever was asked
             response.raise_for_status()
-        if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise ValueError("a web page came instead of the file")
-        if response.status_code == 200:  # the whole file, whatever was asked
             have = 0
-        size = span[2] if span else response.headers.get("Content-Length")
+        if status not in (200, 206, 416):
+            raise ValueError(f"{status} {response.reason} instead of the file")
+        if status != 416 and response.headers.get("Content-Type", "").startswith("text/html"):
+            raise ValueError("a web page came instead of the file")
         sha256 = sha256 or announced_sha256(response)
-        progress = Progress(int(size) if size else None, "B")
-        try:
-            with open(part, "ab" if have else "wb") as file:
-                for block in response.iter_content(1 << 18) if response.status_code != 416 else ():
-                    progress.update(have, f"downloading {path.name}")
-                    have += file.write(block)
-        finally:
-            progress.close()
-    if size and have < int(size):
-        raise requests.exceptions.ConnectionError(f"{have} of {size} bytes came")
+        if not (length or sha256 or "chunked" in response.headers.get("Transfer-Encoding", "")):
+            raise ValueError("the server does not say how long the file is")
+        if status != 416:
+            have = receive(response, part, have, length and int(length))
+    if length and have < int(length):
+        raise requests.exceptions.ConnectionError(f"{have} of {length} bytes came")
     digest = hashlib.sha256()
     with open(part, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    if (sha256 and digest.hexdigest() != sha256) or (size and have > int(size)):
+    if (sha256 and digest.hexdigest() != sha256.lower()) or (length and have > int(length)):
         part.unlink()
-        raise ValueError(f"wrong content ({have} bytes with the SHA-256 {digest.hexdigest()[:16]}"
-                         f"..., expected {size or have} with {(sha256 or 'any')[:16]}...)")
+        raise ValueError(f"wrong content: {have} bytes with the SHA-256 {digest.hexdigest()}, "
+                         f"expected {length or have} bytes with {sha256 or 'any'}")
     os.replace(part, path)
+
+
+def receive(response, part, have, total):
+    """Append what comes to `part`, which has `have` bytes; return how many it has then."""
+    progress = Progress(total, "B")
+    progress.update(have)
+    try:
+        with open(part, "ab" if have else "wb") as file:
+            # Small reads: when the connection breaks off, what a read has not returned is lost.
+            while block := response.raw.read(1 << 14, decode_content=False):
+                have += file.write(block)
+                progress.update(have, f"downloading {part.stem}")
+    except requests.packages.urllib3.exceptions.HTTPError as e:
+        raise requests.exceptions.ConnectionError(e) from None
+    finally:
+        progress.close()
+    return have
 
 
 def announced_sha256(response):
