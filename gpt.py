@@ -19,6 +19,7 @@ import base64
 import codecs
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -631,11 +632,10 @@ def write_atomically(path):
     except BaseException as e:
         with contextlib.suppress(OSError):
             part.unlink()
-        if isinstance(e, OSError) or "PytorchStreamWriter" in str(e):
-            reason = getattr(e, "strerror", None) or "is the disk full?"
-            raise UserError(f"{path} could not be written ({reason}); what was there is kept. "
-                            "Free some space or choose another place with --out") from None
-        raise
+        if not isinstance(e, OSError):
+            raise
+        raise UserError(f"{path} could not be written ({e.strerror}); what was there is kept. "
+                        "Free some space or choose another place with --out") from None
 
 
 def save_checkpoint(path, model, tokenizer, **extras):
@@ -647,9 +647,13 @@ def save_checkpoint(path, model, tokenizer, **extras):
     # torch.compile keeps the real model inside its wrapper.
     model = getattr(model, "_orig_mod", model)
     kind = "classifier" if "class_names" in extras else "language model"
+    checkpoint = {"kind": kind, "config": model.cfg, "model": model.state_dict(),
+                  "tokenizer": tokenizer_spec(tokenizer), **extras}
     with write_atomically(path) as part:
-        torch.save({"kind": kind, "config": model.cfg, "model": model.state_dict(),
-                    "tokenizer": tokenizer_spec(tokenizer), **extras}, part)
+        try:
+            torch.save(checkpoint, part)
+        except RuntimeError:  # what torch makes of a failed write
+            raise OSError(errno.ENOSPC, "is the disk full?") from None
 
 
 def replace_head(model, num_classes):
