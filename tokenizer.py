@@ -34,6 +34,7 @@ from gpt import (GPT2_SPLIT_PATTERN, ArgumentParser, Progress, UserError, check_
                  read_text_pieces, run_main, write_atomically)
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"
+BYTES = [bytes([i]) for i in range(256)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def learn_merges(chunk_counts):
     first place holds its ID in `heads`, its last place in `tails`, so the length of a token leads
     to its neighbours and no list of links is needed.
     """
-    tokens = [bytes([byte]) for byte in range(256)]
+    tokens = BYTES[:]
     ids = {token: i for i, token in enumerate(tokens)}
     heads, weights = array("i"), array("q")
     for chunk, count in chunk_counts.items():
@@ -219,7 +220,7 @@ class BPETokenizer:
     CACHE_LENGTH = 64       # this many characters hardly come back
 
     def __init__(self):
-        self._set({bytes([byte]): byte for byte in range(256)}, GPT2_SPLIT_PATTERN,
+        self._set({byte: i for i, byte in enumerate(BYTES)}, GPT2_SPLIT_PATTERN,
                   {END_OF_TEXT: 256})
 
     def _set(self, ranks, pat_str, special_tokens):
@@ -255,7 +256,7 @@ class BPETokenizer:
         for piece in [text] if isinstance(text, str) else text:
             for part in split_special(check_text(piece), special_tokens)[::2]:
                 counts.update(split_chunks(split, part))
-        ranks = {bytes([byte]): byte for byte in range(256)}
+        ranks = {byte: i for i, byte in enumerate(BYTES)}
         progress = Progress(wanted, "merges")
         merges = learn_merges({chunk.encode("utf-8"): n for chunk, n in counts.items()})
         for left, right, count in islice(merges, wanted):
@@ -389,7 +390,7 @@ class BPETokenizer:
         def to_bytes(characters):
             return bytes([byte_of[c] for c in characters])
 
-        ranks = {bytes([byte]): i for i, byte in enumerate(byte_of.values())}
+        ranks = {BYTES[byte]: i for i, byte in enumerate(byte_of.values())}
         try:
             lines = Path(vocab_bpe).read_text(encoding="utf-8").splitlines()
             for line in lines[1:]:  # the first one is the version
@@ -444,7 +445,7 @@ def newer_letters():
     """
     letters = regex.findall(r"[\p{L}\p{N}]", "".join(  # there are none from U+40000 onwards
         map(chr, [*range(0xd800), *range(0xe000, 0x40000)])))
-    ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), b"'s"])}
+    ranks = {token: i for i, token in enumerate([*BYTES, b"'s"])}
     tables = tiktoken.Encoding("tables", pat_str=GPT2_SPLIT_PATTERN, mergeable_ranks=ranks,
                                special_tokens={})
     # After a letter, 's is a chunk and so a token. After a symbol, ' belongs to the symbol.
@@ -481,7 +482,8 @@ def walk():
     """A sentence as words, as byte pairs learned before your eyes, and in GPT-2's vocabulary."""
     vocab = build_vocab(STORY)
     print(f"A story of {len(STORY)} characters:\n\n  {STORY[:85]}...\n\n"
-          f"1. Words. It has {len(vocab) - 2} different ones. Number them, and text is numbers:\n")
+          f"1. Words. With punctuation marks there are {len(vocab) - 2} different ones. Number them,\n"
+          "   and text is numbers:\n")
     known = "The baker bakes better bread."
     ids = SimpleTokenizerV1(vocab).encode(known)
     print(f"  {known}  ->  {ids}  ->  {SimpleTokenizerV1(vocab).decode(ids)}\n\n"
@@ -555,7 +557,8 @@ def train(files, vocab_size, out):
     tokenizer.save(out)
     print(f"trained  {tokenizer.n_vocab:,} tokens in {time.perf_counter() - start:.1f} s: 256 "
           f"bytes, {len(tokenizer.ranks) - 256:,} merges, {len(tokenizer.special_tokens)} special")
-    print(f"longest  {show(sorted(tokenizer.ranks, key=len)[:-9:-1])}")
+    words = [t for t in tokenizer.ranks if t.decode("utf-8", "ignore").strip().isalpha()]
+    print(f"longest  {show(sorted(words, key=len)[:-7:-1])}")
     print(f"saved    {out} and {out}.json")
     num_bytes = num_tokens = 0
     for piece in pieces:
@@ -574,8 +577,9 @@ def encode(spec, text, allow_special):
     tokenizer = open_tokenizer(spec)
     try:
         ids = tokenizer.encode(text, allowed_special="all" if allow_special else set())
-    except ValueError as e:  # the terminal passed on bytes that are not UTF-8
-        raise UserError(f"{e}") from None
+    except ValueError:  # Python hides foreign bytes on the command line in lone surrogates
+        raise UserError("the text is not UTF-8; set the terminal to UTF-8 and type it "
+                        "again") from None
     print(*ids)
     print(show(tokenizer.decode_tokens(ids)))
 
