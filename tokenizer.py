@@ -482,8 +482,8 @@ def walk():
     """A sentence as words, as byte pairs learned before your eyes, and in GPT-2's vocabulary."""
     vocab = build_vocab(STORY)
     print(f"A story of {len(STORY)} characters:\n\n  {STORY[:85]}...\n\n"
-          f"1. Words. With punctuation marks there are {len(vocab) - 2} different ones. Number them,\n"
-          "   and text is numbers:\n")
+          f"1. Words. With punctuation marks there are {len(vocab) - 2} different ones. Number\n"
+          "   them, and text is numbers:\n")
     known = "The baker bakes better bread."
     ids = SimpleTokenizerV1(vocab).encode(known)
     print(f"  {known}  ->  {ids}  ->  {SimpleTokenizerV1(vocab).decode(ids)}\n\n"
