@@ -1,0 +1,829 @@
+"""Instruction finetuning: teach a language model to answer, judge its answers, talk to it.
+
+    python finetune_instruct.py                              the book's data and run (chapter 7)
+    python finetune_instruct.py --data mine.jsonl --train lora --prompt-style phi3
+    python finetune_instruct.py --resume --judge llama3      have its answers scored by Ollama
+    python finetune_instruct.py --chat
+    python finetune_instruct.py --ask "Rewrite in the passive voice." --input "I ate the fish."
+
+Reads a checkpoint and records of instruction, input and output. Writes checkpoints/instruct.pt
+(the newest state, for --resume, --chat and --ask), instruct-best.pt (the lowest validation loss),
+instruct.csv (the metrics), instruct-responses.json (the answers to the test records, each with
+its scores) and instruct-scores.json (what they come to).
+
+Read it in order: records and prompts -> batches -> the loss -> LoRA -> the training loop ->
+answers -> scores -> the judge -> chat -> main. Shapes as in gpt.py: B rows, T tokens, V vocabulary.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import requests
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from gpt import (
+    ArgumentParser, CtrlC, LinearWithLoRA, Metrics, Progress, UserError, add_training_arguments,
+    autocast, check_output, decode_stream, download, generate, generate_stream, load_checkpoint,
+    merge_lora, non_negative_float, pick_device, pick_dtype, positive_float, positive_int,
+    random_state, read_text_pieces, replace_linear_with_lora, run_main, save_checkpoint,
+    set_random_state, write_atomically)
+
+RECORDS = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/"
+           "01_main-chapter-code/instruction-data.json")
+RECORDS_SHA256 = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"
+STARTS = [Path("checkpoints") / name for name in  # what to finetune: the best that is there
+          ("gpt2-355M.pt", "gpt2-124M.pt", "pretrained.pt")]
+OLLAMA = "http://localhost:11434/api/chat"
+
+PROMPT_STYLES = {  # what stands before a record's instruction, its input and its output
+    "alpaca": {  # Taori et al. 2023; the book's section 7.2
+        "instruction": "Below is an instruction that describes a task. Write a response that "
+                       "appropriately completes the request.\n\n### Instruction:\n",
+        "input": "\n\n### Input:\n",
+        "output": "\n\n### Response:\n"},
+    "phi3": {  # Abdin et al. 2024; the book's exercise 7.1
+        "instruction": "<|user|>\n",
+        "input": "\n",
+        "output": "\n<|assistant|>\n"},
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Records, and the prompts made of them.
+
+def read_records(path):
+    """A JSON list, or a .jsonl file with one record per line -> a list of checked records.
+
+    Raises UserError with line and column of what does not parse, or the index of a wrong record.
+    """
+    path = Path(path)
+    text = "".join(read_text_pieces(path)).removeprefix("\ufeff")
+    by_line = path.suffix.lower() in (".jsonl", ".ndjson")
+    records, number = [], 1
+    try:
+        if by_line:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    records.append(json.loads(line))
+        else:
+            records = json.loads(text)
+    except json.JSONDecodeError as e:
+        hint = ("; a file with one record per line is named .jsonl"
+                if e.msg == "Extra data" and not by_line else "")
+        raise UserError(f"{path} is not JSON: line {number + e.lineno - 1}, column {e.colno}: "
+                        f"{e.msg}{hint}") from None
+    except (ValueError, RecursionError) as e:  # a number of 5,000 digits, brackets 10,000 deep
+        raise UserError(f"{path} is not JSON that can be read (line {number}: {e})") from None
+    if not isinstance(records, list):
+        raise UserError(f"{path} holds {type(records).__name__}, not a list of records; write "
+                        '[{"instruction": ..., "input": ..., "output": ...}, ...]')
+    if not records:
+        raise UserError(f"{path} has no records; add some")
+    return [check_record(record, f"{path}: record {i} (the first is 0)")
+            for i, record in enumerate(records)]
+
+
+def check_record(record, where):
+    """-> the record with its three texts, and whatever else it holds. Raises UserError.
+
+    In the `messages` style the last message is the output, and what was said before it, a system
+    message for example, is the instruction.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not an object with instruction and output")
+    if "messages" in record:
+        messages = record["messages"]
+        if not (isinstance(messages, list) and len(messages) > 1
+                and all(isinstance(m, dict) and isinstance(m.get("content"), str)
+                        for m in messages) and messages[-1].get("role") == "assistant"):
+            raise UserError(f"{where}: messages must be a list of {{role, content}} texts that "
+                            "ends with the assistant's")
+        record = {"instruction": "\n\n".join(m["content"] for m in messages[:-1]),
+                  "output": messages[-1]["content"], **record}
+    if record.get("input") is None:
+        record = {**record, "input": ""}
+    for name in ("instruction", "input", "output"):
+        if name not in record:
+            raise UserError(f"{where} has no {name}")
+        if not isinstance(record[name], str):
+            raise UserError(f"{where}: its {name} is {json.dumps(record[name])[:40]}, not text")
+    return record
+
+
+def format_input(entry, style="alpaca"):
+    """A record -> the text that asks its question. Section 7.2."""
+    before = PROMPT_STYLES[style]
+    return (before["instruction"] + entry["instruction"]
+            + (before["input"] + entry["input"] if entry.get("input") else ""))
+
+
+def encode_prompt(entry, tokenizer, style="alpaca"):
+    """A record -> the tokens after which the model is to answer."""
+    text = format_input(entry, style) + PROMPT_STYLES[style]["output"]
+    return tokenizer.encode(text, allowed_special={"<|endoftext|>"})
+
+
+def split_records(records):
+    """85 % to train, 10 % to test, the rest to validate, in file order. Section 7.2."""
+    num_train, num_test = int(len(records) * 0.85), int(len(records) * 0.1)
+    return (records[:num_train], records[num_train:num_train + num_test],
+            records[num_train + num_test:])
+
+
+class InstructionDataset(Dataset):
+    """Records as token lists: item i is prompt + answer. Section 7.3.
+
+    `prompt_lengths[i]` says where the answer begins. Prompt and answer are encoded apart, so that
+    training shows the model exactly the tokens that it sees when it is asked.
+    """
+
+    def __init__(self, data, tokenizer, style="alpaca"):
+        self.data, self.encoded_texts, self.prompt_lengths = data, [], []
+        for entry in data:
+            prompt = encode_prompt(entry, tokenizer, style)
+            answer = tokenizer.encode(entry["output"], allowed_special={"<|endoftext|>"})
+            self.encoded_texts.append(prompt + answer)
+            self.prompt_lengths.append(len(prompt))
+
+    def __getitem__(self, i):
+        return self.encoded_texts[i]
+
+    def __len__(self):
+        return len(self.data)
+
+    def fit(self, context_length):
+        """Leave out each record whose prompt fills the context: nothing is left to learn from.
+
+        Returns how many those are, and how many more will lose the end of their answer.
+        """
+        keep = [i for i, length in enumerate(self.prompt_lengths) if length <= context_length]
+        left_out = len(self) - len(keep)
+        for name in ("data", "encoded_texts", "prompt_lengths"):
+            setattr(self, name, [getattr(self, name)[i] for i in keep])
+        return left_out, sum(len(ids) > context_length for ids in self.encoded_texts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches: rows of similar length, padded to the longest of them.
+
+def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_length=None,
+                      device="cpu", prompt_lengths=None):
+    """B token lists -> inputs (B, T), targets (B, T), on `device`. Section 7.3.
+
+    Targets are the inputs moved on by one token; after a row's last token comes one end of text
+    (`pad_token_id`), then `ignore_index`. `allowed_max_length` cuts rows at the end. With
+    `prompt_lengths` the tokens of each prompt are no targets; but each row keeps one at least, as
+    the mean over no targets is not a number.
+
+    Example:
+        custom_collate_fn([[1, 2, 3], [7]])
+        # [[1, 2, 3], [7, 50256, 50256]] and [[2, 3, 50256], [50256, -100, -100]]
+    """
+    T = min(max(map(len, batch)), allowed_max_length or math.inf)
+    inputs = torch.full((len(batch), T), pad_token_id)
+    targets = torch.full((len(batch), T), ignore_index)
+    for row, ids in enumerate(batch):
+        length = min(len(ids), T)
+        inputs[row, :length] = torch.tensor(ids[:length])
+        # subtle: which places are padding follows from the lengths, never from the token there,
+        # so an end of text inside a row is learned like any other token.
+        targets[row, :length] = torch.tensor([*ids, pad_token_id][1:length + 1])
+        if prompt_lengths is not None:
+            targets[row, :min(prompt_lengths[row], length) - 1] = ignore_index
+    return inputs.to(device), targets.to(device)
+
+
+def make_batch(dataset, rows, settings, device, mask_prompt):
+    """Record numbers -> (inputs, targets) as custom_collate_fn makes them."""
+    return custom_collate_fn(
+        [dataset[i] for i in rows], settings["pad_token_id"], -100, settings["context_length"],
+        device, [dataset.prompt_lengths[i] for i in rows] if mask_prompt else None)
+
+
+def plan_epoch(epoch, lengths, settings):
+    """-> the record numbers of each optimizer step of an epoch, known from the seed alone.
+
+    The records are shuffled, sorted by length within groups of 50 steps, and the steps shuffled:
+    rows of one length need no padding, and still each epoch mixes them anew. The last steps are a
+    record shorter rather than one step much shorter.
+    """
+    rng = np.random.default_rng([settings["seed"], epoch])
+    order, lengths = rng.permutation(len(lengths)), np.asarray(lengths)
+    per_step = settings["batch_size"] * settings["grad_accum"]
+    for start in range(0, len(order), 50 * per_step):
+        group = order[start:start + 50 * per_step]
+        order[start:start + 50 * per_step] = group[np.argsort(lengths[group], kind="stable")]
+    steps = np.array_split(order, math.ceil(len(order) / per_step))
+    return [steps[i] for i in rng.permutation(len(steps))]
+
+
+# ---------------------------------------------------------------------------------------------
+# The loss: on the answer alone, or on the whole text as in the book.
+
+def calc_losses(model, inputs, targets, dtype):
+    """inputs, targets (B, T) -> (N,), the cross-entropy of each of the N targets in nats.
+
+    The projection to the vocabulary is a third of GPT-2's work; it is done only where there is a
+    target, which for an answer after its prompt is a quarter of the places.
+    """
+    is_target = targets != -100                                    # (B, T)
+    with autocast(inputs.device, dtype):
+        hidden = model.hidden_states(inputs)                       # (B, T, C)
+        logits = model.out_head(hidden[is_target])                 # (N, V)
+    return F.cross_entropy(logits.float(), targets[is_target], reduction="none")
+
+
+def accumulate_gradients(model, dataset, rows, settings, device):
+    """Forward and backward over the records of one step, a batch at a time; the mean loss.
+
+    Dividing by the targets of the whole step makes many small batches equal one large one, also
+    when they hold different numbers of targets.
+    """
+    batches = [make_batch(dataset, part, settings, device, settings["mask_prompt"])
+               for part in np.array_split(rows, math.ceil(len(rows) / settings["batch_size"]))]
+    num_targets = sum(int((targets != -100).sum()) for _, targets in batches)
+    step_loss = 0.0
+    for inputs, targets in batches:
+        loss = calc_losses(model, inputs, targets, getattr(torch, settings["dtype"])).sum() / num_targets
+        loss.backward()
+        step_loss += loss.item()
+    return step_loss
+
+
+@torch.no_grad()
+def record_losses(model, dataset, settings, device, mask_prompt):
+    """-> (records, 2): the sum of each record's losses and the number of its targets."""
+    result = torch.zeros(len(dataset), 2, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    order = np.argsort([len(ids) for ids in dataset.encoded_texts], kind="stable")
+    for rows in np.array_split(order, math.ceil(len(order) / settings["batch_size"])):
+        inputs, targets = make_batch(dataset, rows, settings, device, mask_prompt)
+        losses = calc_losses(model, inputs, targets, getattr(torch, settings["dtype"])).double().cpu()
+        counts = (targets != -100).sum(dim=1).tolist()
+        for i, row in zip(rows, losses.split(counts)):
+            result[i] = torch.tensor([row.sum(), len(row)])
+    model.train(was_training)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# LoRA: the weights as they are, and a small correction to learn. Book appendix E.
+
+def add_lora(model, settings):
+    """Freeze the model and give each linear layer a correction that begins at zero."""
+    model.requires_grad_(False)
+    replace_linear_with_lora(model, settings["lora_rank"], settings["lora_alpha"])
+
+
+def plain_model(model):
+    """The model as others know it: itself, or with LoRA a copy with the corrections merged."""
+    if not any(isinstance(module, LinearWithLoRA) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    merge_lora(model)
+    return model
+
+
+def unmerged(model):
+    """What merging loses: each corrected matrix and its correction; {} without LoRA."""
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if name.endswith((".linear.weight", ".lora.A", ".lora.B"))}
+
+
+# ---------------------------------------------------------------------------------------------
+# The training loop.
+
+def train_model(model, tokenizer, train_set, val_set, settings, device, out, saved=None):
+    """Train until settings["total_steps"], evaluating and saving every settings["eval_every"].
+
+    AdamW at a constant learning rate, as in section 7.6. `saved` is the dictionary of a checkpoint
+    to go on from: the run then ends with the very weights of one that was never interrupted.
+    Raises UserError when the loss is not finite (the last checkpoint is kept) and
+    KeyboardInterrupt after Ctrl-C, when the step is saved.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings["lr"], weight_decay=0.1, fused=True)
+    step, best, loss_sum, loss_steps = 0, math.inf, 0.0, 0
+    if saved:
+        step, best, (loss_sum, loss_steps) = saved["step"], saved["best"], saved["losses"]
+        optimizer.load_state_dict(saved["optimizer"])
+        set_random_state(saved["random"])
+    lengths, plan = [len(ids) for ids in train_set.encoded_texts], None
+    per_epoch, metrics = steps_per_epoch(len(train_set), settings), Metrics(out, step)
+    progress = Progress(settings["total_steps"], "steps")
+    model.train()
+    with CtrlC() as stop:
+        while step < settings["total_steps"]:
+            epoch, k = divmod(step, per_epoch)
+            if k == 0 or plan is None:
+                plan = plan_epoch(epoch, lengths, settings)
+            loss = accumulate_gradients(model, train_set, plan[k], settings, device)
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step + 1}; the last checkpoint is "
+                                f"kept. Try a lower --lr than {settings['lr']:g}")
+            optimizer.step()
+            optimizer.zero_grad()
+            step, loss_sum, loss_steps = step + 1, loss_sum + loss, loss_steps + 1
+            progress.update(step, f"step {step} | loss {loss:.3f}")
+            evaluate = step % settings["eval_every"] == 0 or step == settings["total_steps"]
+            better = False
+            if evaluate:
+                progress.close()
+                losses = record_losses(model, val_set, settings, device, settings["mask_prompt"])
+                val_loss, train_loss = mean_loss(losses), loss_sum / loss_steps
+                print(f"step {step:5d} | epoch {step / per_epoch:.2f} | train loss "
+                      f"{train_loss:.3f} | val loss {val_loss:.3f}", flush=True)
+                metrics.add(step=step, epoch=round(step / per_epoch, 3),
+                            train_loss=round(train_loss, 5), val_loss=round(val_loss, 5))
+                better, best, loss_sum, loss_steps = val_loss < best, min(val_loss, best), 0.0, 0
+            if evaluate or stop.pressed:
+                save_state(out, model, tokenizer, better, settings, step=step, best=best,
+                           losses=[loss_sum, loss_steps], optimizer=optimizer.state_dict())
+            if stop.pressed:
+                progress.close()
+                print(f"stopped at step {step}, saved; go on with the same command and --resume")
+                raise KeyboardInterrupt
+    if metrics.rows:
+        metrics.plot(per="target token")
+
+
+def save_state(out, model, tokenizer, better, settings, **state):
+    """Write the newest state and, if it is `better`, the best one.
+
+    Both hold a plain model, which any stage can read; what a run with LoRA needs to go on exactly
+    where it was, the matrices before the merge, rides along.
+    """
+    whole, style = plain_model(model), settings["prompt_style"]
+    if better:
+        save_checkpoint(best_path(out), whole, tokenizer, prompt_style=style, step=state["step"])
+    save_checkpoint(out, whole, tokenizer, prompt_style=style, settings=settings,
+                    unmerged=unmerged(model), random=random_state(), **state)
+
+
+def best_path(out):
+    """checkpoints/instruct.pt -> checkpoints/instruct-best.pt"""
+    return out.with_name(out.stem + "-best" + out.suffix)
+
+
+def steps_per_epoch(num_records, settings):
+    """Optimizer steps in which each record is seen once."""
+    return math.ceil(num_records / (settings["batch_size"] * settings["grad_accum"]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers to the test records, many at once.
+
+def generate_responses(model, tokenizer, entries, style, max_new_tokens, batch_size, save):
+    """Give each entry without `model_response` one, greedily; `save()` is called now and then.
+
+    Rounds of 64 tokens: the texts nearest in length make a batch, those that end in it leave, the
+    others wait for the next. So little is padded, and no answer waits for the longest. An answer
+    ends at the end of text, after `max_new_tokens` or where the context does (a prompt that fills
+    it gets none), and is the same as if its prompt had been alone.
+    """
+    context, device, end = model.cfg["context_length"], model.tok_emb.weight.device, tokenizer.eot_token
+    prompts = {i: encode_prompt(entry, tokenizer, style) for i, entry in enumerate(entries)
+               if "model_response" not in entry}
+    room = {i: max(0, min(max_new_tokens, context - len(ids))) for i, ids in prompts.items()}
+    answers, waiting, progress = {i: [] for i in prompts}, list(prompts), Progress(len(prompts), "answers")
+    while waiting:
+        waiting.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
+        numbers = [i for i in waiting if room[i]][:batch_size]
+        if numbers:
+            texts = [prompts[i] + answers[i] for i in numbers]
+            idx, _ = custom_collate_fn(texts, end, device=device)
+            new = generate(model, idx, min(64, *(room[i] - len(answers[i]) for i in numbers)), context,
+                           eos_id=end, lengths=torch.tensor(list(map(len, texts)), device=device))
+            for i, row in zip(numbers, new[:, idx.shape[1]:].tolist()):
+                answers[i] += row
+        for i in list(waiting):
+            if end in answers[i] or len(answers[i]) == room[i]:
+                ids = answers[i][:answers[i].index(end)] if end in answers[i] else answers[i]
+                entries[i]["model_response"] = tokenizer.decode(ids).strip()
+                waiting.remove(i)
+        save()
+        progress.update(len(prompts) - len(waiting), f"{len(prompts) - len(waiting)} answers")
+    progress.close()
+
+
+def take_old_responses(path, checkpoint, entries):
+    """Take over the answers, and the judge's scores, that this very checkpoint got before.
+
+    They are newer than the checkpoint and beside the same records.
+    """
+    try:
+        if path.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
+            return
+        old = json.loads(path.read_text(encoding="utf-8"))
+        for entry, before in zip(entries, old):
+            if all(before[name] == entry[name] for name in ("instruction", "input", "output")):
+                entry.update({name: before[name] for name in ("model_response", "judge")
+                              if name in before})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # not there, or not ours
+
+
+def write_json(path, value):
+    """Write JSON that people can read, all or nothing."""
+    with write_atomically(path) as part:
+        # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
+        with open(part, "w", encoding="utf-8", errors="replace") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores that need no server.
+
+def token_f1(answer, truth):
+    """How far two texts share their words, 0 to 1, whatever the order (Rajpurkar et al. 2016).
+
+    Example:
+        token_f1("The cat sat.", "the cat sat down")           # 2 * 3 / (3 + 4) = 0.857
+    """
+    a, b = (collections.Counter(re.findall(r"\w+", text.lower())) for text in (answer, truth))
+    return 2 * (a & b).total() / (a + b).total() if a or b else float(answer == truth)
+
+
+def mean_loss(losses):
+    """What `record_losses` returns -> nats per target."""
+    return float(losses[:, 0].sum() / losses[:, 1].sum())
+
+
+def score_responses(model, test_set, entries, settings, device):
+    """Write scores into each entry; return their means in a dictionary.
+
+    The response loss asks how likely the model finds the right answer, token by token; its
+    perplexity, how many tokens it hesitates between. `test_set` has those of the entries that fit
+    the context, as `test_set.data`.
+    """
+    losses = record_losses(model, test_set, settings, device, mask_prompt=True)
+    for entry, (loss, count) in zip(test_set.data, losses.tolist()):
+        entry["response_loss"] = round(loss / count, 4)
+    for entry in entries:
+        answer, truth = entry["model_response"].strip(), entry["output"].strip()
+        entry["exact_match"], entry["token_f1"] = answer == truth, round(token_f1(answer, truth), 4)
+    return {"answers": len(entries), "response_loss": mean_loss(losses),
+            "perplexity": math.exp(min(mean_loss(losses), 99)),
+            **{name: sum(entry[name] for entry in entries) / len(entries)
+               for name in ("exact_match", "token_f1")}}
+
+
+# ---------------------------------------------------------------------------------------------
+# The judge: a larger model, which an Ollama server (https://ollama.com) runs. Section 7.8.
+
+def explain_failure(error, url, timeout):
+    """What requests raised -> UserError."""
+    if "timed out" in str(error):
+        return UserError(f"the judge at {url} sent nothing for {timeout} s; see what its server "
+                         "does, then repeat the command with --resume")
+    if "Max retries" in str(error):
+        return UserError(f"there is no judge at {url}; start one with: ollama serve")
+    return UserError(f"the connection to the judge at {url} broke off; repeat the command with "
+                     "--resume")
+
+
+def find_judge(model, url=OLLAMA, timeout=30):
+    """Make sure that the server is up and has pulled `model`. Raises UserError."""
+    url = url.removesuffix("chat") + "tags"
+    try:
+        with requests.get(url, timeout=timeout) as response:
+            names = [entry["name"] for entry in json.loads(response.content)["models"]]
+    except requests.exceptions.RequestException as e:
+        raise explain_failure(e, url, timeout) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"what answers at {url} is not an Ollama server; start one with: ollama "
+                        "serve") from None
+    if not {model, model + ":latest"} & set(names):
+        raise UserError(f"the judge has no model {model}; get it with: ollama pull {model} (it "
+                        f"has: {', '.join(names) or 'none'})")
+
+
+def query_model(prompt, model="llama3", url=OLLAMA, timeout=300):
+    """One question to an Ollama server -> its answer, a text. Section 7.8.
+
+    The same question gets the same answer. `timeout` is in seconds without a byte. Raises
+    UserError when there is no server, or when it stalls, breaks off, or sends an error or nonsense.
+    """
+    pieces, line = [], b""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}],
+            "options": {"seed": 123, "temperature": 0, "num_ctx": 2048}}
+    try:
+        with requests.post(url, json=body, stream=True, timeout=timeout) as response:
+            for line in response.iter_lines():                # each line a piece of the answer
+                if line:
+                    part = json.loads(line)
+                    if "error" in part:
+                        raise UserError(f"the judge at {url} reports: {part['error']}")
+                    pieces.append(part["message"]["content"])
+                    if part.get("done"):
+                        return "".join(pieces)
+            raise requests.exceptions.ConnectionError("no piece said that it was the last")
+    except requests.exceptions.RequestException as e:
+        raise explain_failure(e, url, timeout) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"the judge at {url} sent what is no answer of Ollama: "
+                        f"{line[:60].decode(errors='replace')!r}") from None
+
+
+def generate_model_scores(json_data, json_key, model="llama3", url=OLLAMA, save=lambda: None):
+    """Let `model` score each entry's `json_key` from 0 to 100 -> list of scores. Section 7.8.
+
+    A score is the first integer of the reply; replies without one are counted, shown, and left
+    out of the list. Score and reply go into entry["judge"], then `save()` is called, so that after
+    a failure (UserError) another call only asks for what is missing.
+    """
+    progress, unreadable = Progress(len(json_data), "scores"), 0
+    for i, entry in enumerate(json_data):
+        if entry.get("judge", {}).get("model") != model:
+            if entry[json_key] == "":
+                score, reply = 0, "(nothing was answered)"
+            else:
+                reply = query_model(  # the book's words, so that scores can be compared with it
+                    f"Given the input `{format_input(entry)}` and correct output "
+                    f"`{entry['output']}`, score the model response `{entry[json_key]}` on a scale "
+                    "from 0 to 100, where 100 is the best score. Respond with the integer number "
+                    "only.", model, url)
+                found = re.search(r"-?\d+", reply)
+                score = int(found[0]) if found and 0 <= int(found[0]) <= 100 else None
+            entry["judge"] = {"model": model, "score": score, "reply": reply}
+            save()
+        if entry["judge"]["score"] is None:
+            unreadable += 1
+            progress.close()
+            print(f"answer {i}: no score from 0 to 100 in the judge's {entry['judge']['reply']!r}")
+        progress.update(i + 1, f"score {i + 1} of {len(json_data)}")
+    progress.close()
+    if unreadable:
+        print(f"{unreadable} of {len(json_data)} replies hold no score and do not count")
+    return [e["judge"]["score"] for e in json_data if e["judge"]["score"] is not None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Chat.
+
+def print_answer(model, tokenizer, ids, args, stop=None):
+    """Print the answer to the tokens `ids` while it is made; return its tokens."""
+    tokens, context = [], model.cfg["context_length"]
+    stream = generate_stream(
+        model, torch.tensor([ids], device=model.tok_emb.weight.device),
+        min(args.max_new_tokens, context - len(ids)), context, args.temperature,
+        eos_id=tokenizer.eot_token, seed=args.seed)
+
+    def until_end():
+        for row in stream:
+            if int(row[0]) == tokenizer.eot_token or (stop and stop.pressed):
+                return
+            tokens.append(int(row[0]))
+            yield tokens[-1]
+
+    for piece in decode_stream(until_end(), tokenizer):
+        print(piece, end="", flush=True)
+    print()
+    return tokens
+
+
+def chat(model, tokenizer, style, args):
+    """A conversation in the terminal; what fits of it is read anew with each question.
+
+    Ctrl-C stops an answer; where a question is awaited it ends the chat, as /exit and Ctrl-D do.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, lets input() edit a line and go back to earlier ones
+    sys.stdin.reconfigure(errors="replace")
+    context, turns = model.cfg["context_length"], []
+    room = min(args.max_new_tokens, context // 4)  # for the answer
+    print("/reset forgets the conversation; /exit or Ctrl-D ends it.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            turns = []
+        elif text.startswith("/"):
+            print("there are /reset and /exit")
+        elif text:
+            prompt = encode_prompt({"instruction": text}, tokenizer, style)
+            if len(prompt) >= context:
+                print(f"that is {len(prompt)} tokens, more than the context of {context}; say it "
+                      "shorter")
+                continue
+            turns.append(prompt)
+            while len(turns) > 1 and sum(map(len, turns)) + room > context:
+                turns.pop(0)
+            with CtrlC() as stop:
+                turns[-1] += print_answer(model, tokenizer, sum(turns, []), args, stop)
+            turns[-1].append(tokenizer.eot_token)
+
+
+def talk(args, device):
+    """--chat and --ask."""
+    path = args.init or args.out
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path} to talk to; make one with: python "
+                        "finetune_instruct.py")
+    model, tokenizer, saved = load_checkpoint(path, device)
+    model.to(pick_dtype(args.dtype, device))
+    style = args.prompt_style or saved.get("prompt_style", "alpaca")
+    if args.chat:
+        return chat(model, tokenizer, style, args)
+    ids = encode_prompt({"instruction": args.ask, "input": args.input}, tokenizer, style)
+    if len(ids) >= model.cfg["context_length"]:
+        raise UserError(f"the question is {len(ids)} tokens long, more than the context of "
+                        f"{model.cfg['context_length']}; ask it shorter")
+    print_answer(model, tokenizer, ids, args)
+
+
+# ---------------------------------------------------------------------------------------------
+# python finetune_instruct.py
+
+def parse_arguments(argv):
+    """The command line."""
+    parser = ArgumentParser(description="Finetune a GPT to follow instructions; or talk to it.")
+    arg = parser.add_argument
+    arg("--data", type=Path, help="JSON or JSONL file of records instead of the book's 1,100")
+    arg("--init", type=Path, help="checkpoint to start from, or to talk to; default: "
+        + ", else ".join(map(str, STARTS)))
+    arg("--prompt-style", choices=list(PROMPT_STYLES), help="how a record becomes a prompt; "
+        "default: the checkpoint's, else alpaca")
+    arg("--mask-prompt", action=argparse.BooleanOptionalAction, default=True,
+        help="learn the answer alone, not the prompt too")
+    arg("--train", choices=["all", "lora"], default="all", help="what learns: every weight, or a "
+        "small correction to each matrix")
+    arg("--lora-rank", type=positive_int, default=16, help="width of a correction")
+    arg("--lora-alpha", type=positive_float, default=16.0, help="its size, times the rank")
+    arg("--no-responses", action="store_true", help="do not answer the test records")
+    arg("--max-new-tokens", type=positive_int, default=256, help="the longest answer")
+    arg("--judge", metavar="MODEL", help="have the answers scored by this model of an Ollama "
+        "server, such as llama3")
+    arg("--judge-url", default=OLLAMA, help="where that server is")
+    talking = parser.add_mutually_exclusive_group()
+    talking.add_argument("--chat", action="store_true", help="talk to the checkpoint at --out")
+    talking.add_argument("--ask", metavar="TEXT", help="one question to it")
+    arg("--input", default="", metavar="TEXT", help="what the question of --ask is about")
+    arg("--temperature", type=non_negative_float, default=0.0, help="for --chat and --ask; 0 "
+        "always takes the likeliest token")
+    add_training_arguments(parser, "checkpoints/instruct.pt", 2, 8, None, 40)
+    args = parser.parse_args(argv)
+    if args.input and args.ask is None:
+        parser.error("argument --input: it goes with --ask")
+    if args.judge and args.no_responses:
+        parser.error("argument --judge: there is nothing to judge with --no-responses")
+    args.judge_url = args.judge_url.rstrip("/").removesuffix("/api/chat") + "/api/chat"
+    return args
+
+
+def find_start(init):
+    """The checkpoint to start from. Raises UserError when there is none."""
+    found = [path for path in [init or Path(), *STARTS] if path.is_file()]
+    if not init and not found:
+        raise UserError("there is no language model to finetune; make one with: python "
+                        "load_gpt2.py (GPT-2, a download) or with: python pretrain.py (two "
+                        "minutes, nothing to download)")
+    return init or found[0]
+
+
+def make_settings(args, model, tokenizer, style, train_set, device):
+    """What decides the result of a run, as numbers and strings, and the number of steps."""
+    # GPT-2's learning rate is the book's; a narrower model needs larger steps.
+    lr = args.lr or 5e-5 * max(1.0, 768 / model.cfg["emb_dim"]) ** 2
+    settings = {"data": hashlib.sha256(repr(train_set.encoded_texts).encode()).hexdigest(),
+                "seed": args.seed, "batch_size": args.batch_size, "grad_accum": args.grad_accum,
+                "lr": lr, "prompt_style": style, "mask_prompt": args.mask_prompt,
+                "train": args.train, "lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha,
+                "eval_every": args.eval_every, "pad_token_id": tokenizer.eot_token,
+                "context_length": model.cfg["context_length"],
+                "dtype": str(pick_dtype(args.dtype, device)).removeprefix("torch.")}
+    settings["total_steps"] = min(args.epochs * steps_per_epoch(len(train_set), settings),
+                                  args.max_steps or math.inf)
+    return settings
+
+
+def check_resume(saved, settings, path):
+    """Raise UserError when the run in the checkpoint is not the one the command line describes.
+
+    Only its length may differ, as every step is like the others.
+    """
+    before = saved.get("settings", {})
+    if "mask_prompt" not in before:
+        raise UserError(f"{path} is not a run of finetune_instruct.py that can go on; start from "
+                        f"its weights with: --init {path}")
+    for name in settings.keys() - {"eval_every", "dtype", "total_steps"}:
+        if before.get(name) != settings[name]:
+            raise UserError(f"{path} is a run with another --{name.replace('_', '-')} "
+                            f"({before.get(name)}, now {settings[name]}); repeat its command, or "
+                            "leave out --resume to start anew")
+
+
+def load_data(args, tokenizer, style, context_length):
+    """-> InstructionDatasets to train and to validate, the test records, and those of them that
+    fit the context as an InstructionDataset; prints their numbers. Raises UserError."""
+    path = args.data or download([RECORDS], Path("data") / "instruction-data.json", RECORDS_SHA256)
+    records = read_records(path)
+    train, test, val = split_records(records)
+    test = [dict(record) for record in test]  # they will get answers and scores
+    train_set, test_set, val_set = sets = [
+        InstructionDataset(part, tokenizer, style) for part in (train, test, val)]
+    left_out, cut = map(sum, zip(*(part.fit(context_length) for part in sets)))
+    print(f"records  {path}: {len(train)} to train, {len(test)} to test, {len(val)} to validate")
+    if left_out or cut:
+        print(f"         longer than the context of {context_length} tokens: {cut} lose the end "
+              f"of the answer, {left_out} have no room for one and are left out"
+              + ("; --prompt-style phi3 is shorter" if style == "alpaca" else ""))
+    if not len(train_set) or not len(val_set):
+        raise UserError(f"{path}: of {len(records)} records, {len(train_set)} are left to train "
+                        f"and {len(val_set)} to validate; at least one of each is needed")
+    return train_set, val_set, test, test_set
+
+
+def answer_and_score(model, tokenizer, test, test_set, settings, args, device):
+    """Answer the test records, score the answers, print and write both."""
+    path = args.out.with_name(args.out.stem + "-responses.json")
+    scores_path = args.out.with_name(args.out.stem + "-scores.json")
+    if args.resume:
+        take_old_responses(path, args.out, test)
+
+    def save():
+        write_json(path, test)
+
+    generate_responses(model, tokenizer, test, settings["prompt_style"], args.max_new_tokens,
+                       32, save)
+    scores = score_responses(model, test_set, test, settings, device)
+    save()
+    write_json(scores_path, scores)
+    for entry in test[:3]:
+        print(f"\n{entry['instruction']} {entry['input']}".rstrip()
+              + f"\n  expected: {entry['output']}\n  answered: {entry['model_response']}")
+    print(f"\nscores   {len(test)} answers: response loss {scores['response_loss']:.3f}, "
+          f"perplexity {scores['perplexity']:.2f}, exact match {scores['exact_match']:.1%}, "
+          f"token F1 {scores['token_f1']:.3f}")
+    if args.judge:
+        numbers = generate_model_scores(test, "model_response", args.judge, args.judge_url, save)
+        mean = sum(numbers) / len(numbers) if numbers else math.nan
+        write_json(scores_path, {**scores, "judge": {"model": args.judge, "mean": mean,
+                                                     "scored": len(numbers)}})
+        print(f"judge    {args.judge}: {mean:.2f} of 100, mean of {len(numbers)} of {len(test)}")
+    print(f"saved    {path}, {scores_path.name}\n"
+          "The book's models, judged by Llama 3 8B as --judge llama3 does: 51.75 (GPT-2 355M, two "
+          "epochs,\n--no-mask-prompt), 47.73 (--mask-prompt), 50.23 (--train lora "
+          "--no-mask-prompt).")
+
+
+def main(argv=None):
+    """Checkpoint + records -> training -> answers -> scores; or a conversation."""
+    args = parse_arguments(argv)
+    device = pick_device(args.device)
+    if args.chat or args.ask is not None:
+        return talk(args, device)
+    check_output(args.out)
+    if args.judge:
+        find_judge(args.judge, args.judge_url)
+    resume = args.resume and args.out.exists()
+    start = args.out if resume else find_start(args.init)
+    model, tokenizer, saved = load_checkpoint(start)
+    style = args.prompt_style or saved.get("prompt_style", "alpaca")
+    train_set, val_set, test, test_set = load_data(args, tokenizer, style,
+                                                   model.cfg["context_length"])
+    settings = make_settings(args, model, tokenizer, style, train_set, device)
+    torch.manual_seed(args.seed)
+    if resume:
+        check_resume(saved, settings, args.out)
+        if args.dtype == "auto":  # it depends on a measurement; a resumed run keeps the choice
+            settings["dtype"] = saved["settings"]["dtype"]
+    if args.train == "lora":
+        add_lora(model, settings)
+        if resume:
+            model.load_state_dict(saved["unmerged"], strict=False)
+    model.to(device)
+    print(f"model    {start}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of them learn\n"
+          f"run      {settings['total_steps']:,} steps of {args.batch_size} x {args.grad_accum} "
+          f"records, learning rate {settings['lr']:g}, {device}, {settings['dtype']}"
+          + (f", from step {saved['step']:,}" if resume else ""), flush=True)
+    train_model(model, tokenizer, train_set, val_set, settings, device, args.out,
+                saved if resume else None)
+    print(f"saved    {args.out} (newest), {best_path(args.out).name} (lowest validation loss), "
+          f"{args.out.with_suffix('.csv').name}")
+    if test and not args.no_responses:
+        answer_and_score(plain_model(model), tokenizer, test, test_set, settings, args, device)
+    print(f"\nNext: python finetune_instruct.py --chat"
+          + (f" --out {args.out}" if args.out != Path("checkpoints/instruct.pt") else ""))
+
+
+if __name__ == "__main__":
+    run_main(main)
