@@ -431,7 +431,9 @@ def split_special(text, special_tokens):
 
 def split_chunks(split, text):
     """The chunks of `text` that the compiled pattern `split` finds, exactly as tiktoken cuts it."""
-    if text.isascii() or newer_letters().isdisjoint(text):
+    # Latin letters, quotation marks and currency signs have long been settled: nothing to look up.
+    if (not regex.search("[^\0-\u024f\u2000-\u206f\u20a0-\u20cf]", text)
+            or newer_letters().isdisjoint(text)):
         return split.findall(text)
     with_symbols = "".join(["\uffff" if c in newer_letters() else c for c in text])
     return [text[m.start():m.end()] for m in split.finditer(with_symbols)]
