@@ -665,6 +665,26 @@ def replace_head(model, num_classes):
     model.out_head = nn.Linear(model.cfg["emb_dim"], num_classes).to(model.tok_emb.weight.device)
 
 
+class _NoInit(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.init.normal_:  # embeddings; on the meta device it imports for a second
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def shapes_only():
+    """Modules made in this context have shapes but no numbers, and so take no memory and no time."""
+    with torch.device("meta"), _NoInit():
+        yield
+
+
+def allocate(module, device):
+    """Give a module made in `shapes_only` memory, still without numbers."""
+    # What torch's to_empty does; that one, however, imports a compiler's worth of modules first.
+    module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+
+
 def load_checkpoint(path, device="cpu", kind="language model"):
     """Read a checkpoint -> (model, tokenizer, everything else in a dictionary).
 
@@ -686,7 +706,7 @@ def load_checkpoint(path, device="cpu", kind="language model"):
     if found != kind:
         raise UserError(f"{path} holds a {found}, but a {kind} is needed; {make}")
     try:
-        with torch.device("meta"):  # shapes without memory, to compare before anything is made
+        with shapes_only():  # to compare before anything is made
             model = GPTModel(cfg)
             if kind == "classifier":
                 replace_head(model, len(saved["class_names"]))
@@ -699,7 +719,7 @@ def load_checkpoint(path, device="cpu", kind="language model"):
         if expected.get(name) != actual.get(name):
             raise UserError(f"{path} does not match its own configuration: {name} should be "
                             f"{expected.get(name)} but is {actual.get(name)}; {make}")
-    model.to_empty(device=device)
+    allocate(model, device)
     model.tie_weights()
     model.load_state_dict(weights)
     tokenizer = load_tokenizer(saved["tokenizer"])
@@ -1138,7 +1158,7 @@ def decode_stream(tokens, tokenizer):
 def walk():
     """Show GPT-2's configuration, its parameters, and the shape of the data after each step."""
     cfg = {**GPT_CONFIG_124M, "tie_embeddings": True, "qkv_bias": True}
-    with torch.device("meta"):  # shapes without numbers: nothing is computed, nothing allocated
+    with shapes_only():
         model = GPTModel(cfg)
     print("A GPT reads tokens (pieces of words) and scores every token that could come next.\n\n"
           "The configuration of GPT-2, the smallest of its four sizes")

@@ -28,9 +28,9 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from gpt import (GPT2_SIZES, GPT_CONFIG_124M, ArgumentParser, GPTModel, UserError, check_output,
-                 decode_stream, download, generate_stream, human, load_tokenizer, positive_int,
-                 run_main, save_checkpoint, text_to_token_ids, write_atomically)
+from gpt import (GPT2_SIZES, GPT_CONFIG_124M, ArgumentParser, GPTModel, UserError, allocate,
+                 check_output, decode_stream, download, generate_stream, human, load_tokenizer,
+                 positive_int, run_main, save_checkpoint, shapes_only, text_to_token_ids)
 
 LARGEST_HEADER = 1 << 20  # bytes; GPT-2 1558M needs a tenth of it. Bounds what a bad file can cost
 
@@ -555,10 +555,10 @@ def load_local(path):
            "context_length": settings["n_ctx"], "emb_dim": settings["n_embd"],
            "n_heads": settings["n_head"], "n_layers": settings["n_layer"],
            "qkv_bias": True, "tie_embeddings": True}
-    with torch.device("meta"):  # shapes alone: all are checked before any memory is taken
+    with shapes_only():  # everything is checked before any memory is taken
         model = GPTModel(cfg)
     match_weights(model, params)
-    model.to_empty(device="cpu")
+    allocate(model, "cpu")
     load_weights_into_gpt(model, params, after_each=lambda: release(file))
     return model.eval()
 
