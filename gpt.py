@@ -983,11 +983,11 @@ def run_main(main):
 def check_output(path):
     """Find out before the work, not after, that `path` can be written. Raises UserError."""
     path = Path(path)
-    probe = path.with_name(path.name + ".tmp")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is a folder or a device, not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
+        probe = path.with_name(path.name + ".tmp")
         probe.touch()
         probe.unlink()
     except OSError as e:
@@ -1006,14 +1006,16 @@ def read_text_pieces(path, size=1 << 22):
         with open(path, "rb") as file:
             position = 0
             while block := file.read(size):
+                new = len(rest)
                 rest += decoder.decode(block)
-                if "\0" in rest:
+                if "\0" in rest[new:]:
                     raise UserError(f"{path} is not a text file; give plain UTF-8 text")
                 position += len(block)
-                # The last place in the piece where a white space follows something else.
-                if cut := re.search(r"(?s:.*\S)(?=\s)", rest):
-                    yield rest[:cut.end()]
-                    rest = rest[cut.end():]
+                for cut in range(len(rest) - 1, max(new, 1) - 1, -1):
+                    if rest[cut] in " \t\r\n" and not rest[cut - 1].isspace():
+                        yield rest[:cut]
+                        rest = rest[cut:]
+                        break
             rest += decoder.decode(b"", final=True)
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (near byte {position + e.start}); convert it "
@@ -1079,14 +1081,15 @@ class CtrlC:
     """
 
     def __enter__(self):
-        self.pressed = False
+        self.pressed = 0.0  # when
         self.previous = signal.signal(signal.SIGINT, self._press)
         return self
 
     def _press(self, *_):
-        if self.pressed:
+        # torchrun passes on the Ctrl-C that its processes have seen already: that is not a second.
+        if self.pressed and time.monotonic() - self.pressed > 1:
             raise KeyboardInterrupt
-        self.pressed = True
+        self.pressed = self.pressed or time.monotonic()
 
     def __exit__(self, *_):
         signal.signal(signal.SIGINT, self.previous)
