@@ -204,9 +204,9 @@ class SpamDataset(Dataset):
     `collate` pads a batch to its own longest text, not to the longest of all.
     """
 
-    def __init__(self, examples, tokenizer, max_length, class_names=("ham", "spam")):
+    def __init__(self, examples, tokenizer, max_length=None, class_names=("ham", "spam")):
         ids = tokenizer.encode_ordinary_batch([text for _, text in examples])
-        self.num_cut = sum(len(row) > max_length for row in ids)
+        self.num_cut = sum(len(row) > (max_length or math.inf) for row in ids)
         self.ids = [torch.tensor(row[:max_length]) for row in ids]
         self.labels = torch.tensor([class_names.index(label) for label, _ in examples])
 
@@ -476,6 +476,18 @@ def predict(model, rows, settings, device):
     return logits
 
 
+def evaluate_parts(model, parts, settings, device):
+    """Loss in nats per text and accuracy, on all training and all validation texts."""
+    row = {}
+    for name, short in (("train", "train"), ("validation", "val")):
+        rows, labels = parts[name]
+        logits = predict(model, rows, settings, device)
+        row[f"{short}_loss"] = round(F.cross_entropy(logits, labels).item(), 5)
+        right = int((logits.argmax(dim=-1) == labels).sum())
+        row[f"{short}_accuracy"] = round(right / len(labels), 5)
+    return row
+
+
 def set_mode(model, settings, training):
     """Dropout only while training, and only in what is trained."""
     model.train(training)
@@ -532,12 +544,8 @@ def train_classifier(model, parts, settings, device, out, saved=None):
             evaluate = step % settings["eval_every"] == 0 or step == settings["total_steps"]
             if evaluate:
                 progress.close()
-                row = {"step": step, "epoch": round(step / per_epoch, 3)}
-                for name, short in (("train", "train"), ("validation", "val")):
-                    logits, truth = predict(model, parts[name][0], settings, device), parts[name][1]
-                    row[f"{short}_loss"] = round(F.cross_entropy(logits, truth).item(), 5)
-                    right = (logits.argmax(dim=-1) == truth).sum().item()
-                    row[f"{short}_accuracy"] = round(right / len(truth), 5)
+                row = {"step": step, "epoch": round(step / per_epoch, 3),
+                       **evaluate_parts(model, parts, settings, device)}
                 metrics.add(**row)
                 print(f"epoch {row['epoch']:4g} | train loss {row['train_loss']:.3f}, accuracy "
                       f"{row['train_accuracy']:6.1%} | val loss {row['val_loss']:.3f}, accuracy "
@@ -588,18 +596,20 @@ def print_report(class_names, test):
     confusion = torch.tensor(test["confusion"])
     total, right = int(confusion.sum()), int(confusion.trace())
     low, high = wilson_interval(right, total)
-    print(f"\ntest     {right / total:.1%} of {total} texts right (95 % interval {low:.1%} to "
-          f"{high:.1%}; one text is {1 / total:.2%})\n"
-          f"baseline {int(confusion[test['majority']].sum()) / total:.1%} when the answer is always "
-          f"{class_names[test['majority']]}")
-    width = max(9, *map(len, class_names))
-    print(f"\n{'true class':{width}}  precision  recall  | predicted as "
-          + "  ".join(f"{name:>5}" for name in class_names))
+    commonest = test["majority"]
+    print(f"\ntest     {right / total:.1%} of {total} texts are right (95 % interval {low:.1%} to "
+          f"{high:.1%}; one text is {100 / total:.2f} points)\n"
+          f"baseline {int(confusion[commonest].sum()) / total:.1%} for always answering "
+          f"{class_names[commonest]!r}, the commonest training class\n")
+    widths = [max(5, len(name)) for name in class_names]
+    first = max(10, *widths)
+    print(f"{'true class':{first}}  precision  recall   predicted: "
+          + "  ".join(f"{name:>{w}}" for name, w in zip(class_names, widths)))
     for i, name in enumerate(class_names):
         predicted, true = int(confusion[:, i].sum()), int(confusion[i].sum())
         shares = [f"{int(confusion[i, i]) / n:.1%}" if n else "-" for n in (predicted, true)]
-        print(f"{name:{width}}  {shares[0]:>9}  {shares[1]:>6}  |              "
-              + "  ".join(f"{int(n):{max(5, len(c))}}" for n, c in zip(confusion[i], class_names)))
+        print(f"{name:{first}}  {shares[0]:>9}  {shares[1]:>6}              "
+              + "  ".join(f"{n:{w}}" for n, w in zip(confusion[i].tolist(), widths)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -665,7 +675,7 @@ def load_state(args, out, settings):
     if state_path(out).exists():
         path = state_path(out)
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             before = state["settings"]
         except Exception:  # whatever a cut file makes torch.load raise
             raise UserError(f"{path} is not the state of a run, or was cut short; start anew "
@@ -680,8 +690,10 @@ def load_state(args, out, settings):
     for name, value in settings_to_save(settings).items():
         if before.get(name) != value:
             values = "" if name in ("data", "init") else f" ({before.get(name)}, now {value})"
-            raise UserError(f"{path} is a run with another --{name.replace('_', '-')}{values}; "
-                            "repeat its command, or start anew without --resume")
+            what = {"classes": "set of classes", "total_steps": "number of steps"}.get(
+                name, "--" + name.replace("_", "-"))
+            raise UserError(f"{path} is a run with another {what}{values}; repeat its command, or "
+                            "start anew without --resume")
     return state, finished
 
 
@@ -705,10 +717,10 @@ def run(args, examples, class_names, start, seed, out, device):
             for part, texts in parts.items()}
     seen = {text for _, text in parts["train"]}
     print(f"split    {len(data['train']):,} texts to train, {len(data['validation']):,} to "
-          f"validate, {len(data['test']):,} to test (of which "
-          f"{sum(text in seen for _, text in parts['test'])} are also among the first); "
-          f"{sum(part.num_cut for part in data.values())} cut to {model.cfg['context_length']} "
-          f"tokens\nmodel    {start}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"validate, {len(data['test']):,} to test\n         "
+          f"{sum(text in seen for _, text in parts['test'])} of the test texts are also training "
+          f"texts, word for word; {sum(part.num_cut for part in data.values())} of all are cut to "
+          f"{model.cfg['context_length']} tokens\nmodel    {start}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"of which {sum(p.numel() for p in trained_parameters(model).values()):,} learn "
           f"({args.train})\nrun      {settings['total_steps']} steps of {args.batch_size} x "
           f"{args.grad_accum} texts, {device}, {settings_to_save(settings)['dtype']}, seed {seed}"
