@@ -1028,6 +1028,12 @@ def read_text_pieces(path, size=1 << 22):
         yield rest
 
 
+def printable(text):
+    """Text as a terminal may show it: without control characters, which could steer it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+                   for c in text)
+
+
 def human(number):
     """1234567 -> '1.2 M'."""
     for unit in ("", "k", "M", "G"):
@@ -1239,7 +1245,7 @@ def main(argv=None):
         model, idx, args.max_new_tokens, model.cfg["context_length"], args.temperature,
         args.top_k, tokenizer.eot_token, args.top_p, seed=args.seed))
     for piece in decode_stream((t for t in tokens if t != tokenizer.eot_token), tokenizer):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print()
 
 

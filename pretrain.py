@@ -13,22 +13,27 @@ Read it in order: presets -> the book's data loader and simple loop -> the token
 the training loop that runs -> main. Shapes as in gpt.py: B rows, T tokens, V vocabulary.
 """
 
+import contextlib
 import hashlib
 import math
 import os
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from gpt import (
     GPT2_SIZES, GPT_CONFIG_124M, ArgumentParser, CtrlC, GPTModel, Metrics, Progress, UserError,
     add_training_arguments, autocast, check_output, download, generate, generate_text_simple,
-    load_checkpoint, load_tokenizer, pick_device, pick_dtype, positive_int, random_state,
-    read_text_pieces, run_main, save_checkpoint, set_random_state, text_to_token_ids,
-    token_ids_to_text, tokenizer_spec, write_atomically)
+    load_checkpoint, load_tokenizer, pick_device, pick_dtype, positive_int,
+    printable, read_text_pieces, run_main, save_checkpoint, text_to_token_ids, token_ids_to_text,
+    tokenizer_spec, write_atomically)
 
 SMALL = {"vocab_size": None, "context_length": 256, "emb_dim": 192, "n_heads": 3, "n_layers": 4,
          "drop_rate": 0.0, "qkv_bias": False, "tie_embeddings": True}
@@ -36,14 +41,14 @@ SMALL = {"vocab_size": None, "context_length": 256, "emb_dim": 192, "n_heads": 3
 PRESETS = {
     # Every number here is a starting point to play with; most have a flag of the same name.
     "quick": {
-        "config": SMALL, "tokenizer": "bytes", "init": "gpt2", "optimizer": "muon",
+        "config": SMALL, "tokenizer": "bytes", "init": "sines", "optimizer": "muon",
         "batch_size": 4, "grad_accum": 1, "epochs": None, "max_steps": 1000, "lr": 0.02,
         "warmup_steps": 50, "final_lr": 0.0, "weight_decay": 0.1, "clip": 1.0,
         "eval_every": 100, "prompt": "The import statement"},
     # The book's run, section 5.2: constant learning rate, torch's own initial values.
     "verdict": {
         "config": {**GPT_CONFIG_124M, "context_length": 256}, "tokenizer": "gpt2",
-        "init": "torch", "optimizer": "adamw",
+        "init": "torch", "optimizer": "adamw, book",
         "batch_size": 2, "grad_accum": 1, "epochs": 10, "max_steps": None, "lr": 4e-4,
         "warmup_steps": 0, "final_lr": 1.0, "weight_decay": 0.1, "clip": None,
         "eval_every": 9, "prompt": "Every effort moves you"},
@@ -230,6 +235,11 @@ class TokenRows:
         self.num_targets = len(tokens) - 1
         self.num_rows = math.ceil(self.num_targets / T)
 
+    def count_targets(self, rows):
+        """How many tokens of these rows are targets."""
+        repeated = self.num_rows * self.T - self.num_targets          # in the last row
+        return len(rows) * self.T - repeated * int(self.num_rows - 1 in rows)
+
     def batch(self, rows, device="cpu"):
         """Row numbers (B,) -> inputs (B, T), targets (B, T)."""
         starts = np.asarray(rows) * self.T
@@ -255,7 +265,7 @@ def split_tokens(tokens, T, val_share, name):
 # ---------------------------------------------------------------------------------------------
 # The training loop that runs.
 
-def init_gpt2_weights(model):
+def init_gpt2_weights(model, std=0.02):
     """GPT-2's initial values: normal, 0.02 wide; smaller where a block adds to the shortcut.
 
     A block adds twice, so n_layers blocks add 2 n_layers times, and dividing by the root of that
@@ -264,29 +274,73 @@ def init_gpt2_weights(model):
     for name, p in model.named_parameters():
         if p.ndim == 2:
             adds = name.endswith(("att.out_proj.weight", "ff.layers.2.weight"))
-            std = 0.02 / math.sqrt(2 * model.cfg["n_layers"]) if adds else 0.02
-            torch.nn.init.normal_(p, std=std)
+            torch.nn.init.normal_(p, std=std / math.sqrt(2 * model.cfg["n_layers"] if adds else 1))
         elif name.endswith("bias"):
             torch.nn.init.zeros_(p)
+
+
+def init_sine_positions(model, size=0.1):
+    """Start the position vectors as waves of many lengths (Vaswani et al. 2017, section 3.5).
+
+    Neighbouring positions then look alike from the start, and attention need not first find out
+    which token is the one before. The vectors are trained on like any other parameter.
+    """
+    T, C = model.pos_emb.weight.shape
+    angles = torch.arange(T)[:, None] / (2 * T) ** (torch.arange(0, C, 2) / C)     # (T, C / 2)
+    waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :C]
+    model.pos_emb.weight.data.copy_(size * waves)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: an update moves all directions of a matrix equally far.
+
+    For matrices inside the model; Jordan et al. 2024. torch.optim.Muon does the same, but always
+    in bfloat16, which takes a CPU that only emulates it 100 times as long.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        """Change every matrix by its gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, momentum = self.state[p], group["momentum"]
+                if not state:
+                    state["average"] = torch.zeros_like(p)
+                state["average"].lerp_(p.grad, 1 - momentum)
+                update = self.orthogonal(p.grad.lerp(state["average"], momentum))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+    def orthogonal(self, update):
+        """Bring all singular values near 1: a polynomial of the matrix, applied five times."""
+        X = update.to(self.dtype) / (update.norm() + 1e-7)
+        if tall := X.shape[0] > X.shape[1]:
+            X = X.T
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        return (X.T if tall else X).to(update.dtype)
 
 
 def make_optimizers(model, settings):
     """A list of optimizers that together hold every parameter.
 
-    Only matrices decay: biases, norms and embeddings have no reason to be near zero. "muon" gives
-    the blocks' matrices to Muon (Jordan et al. 2024), which makes all directions of an update
-    equally large; it needs about half of AdamW's steps here for the same loss.
+    Only matrices inside the blocks decay: biases, norms and embeddings have no reason to be near
+    zero. The book lets everything decay.
     """
     lr, decay = settings["lr"], settings["weight_decay"]
-    if settings["optimizer"] == "adamw" and settings["init"] == "torch":   # the book's: all decay
+    if settings["optimizer"] == "adamw, book":
         return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay, fused=True)]
     inside = {p for p in model.trf_blocks.parameters() if p.ndim == 2}
-    rest = [p for p in model.parameters() if p not in inside]
     matrices = [p for p in model.parameters() if p in inside]
+    rest = [p for p in model.parameters() if p not in inside]
     if settings["optimizer"] == "muon":
-        return [torch.optim.Muon(matrices, lr=lr, weight_decay=decay, momentum=0.95),
-                torch.optim.AdamW(rest, lr=0.15 * lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=True)]
+        return [Muon(matrices, lr, weight_decay=decay, dtype=settings["dtype"]),
+                torch.optim.AdamW(rest, 0.15 * lr, betas=(0.9, 0.95), weight_decay=0, fused=True)]
     return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay},
                                {"params": rest, "weight_decay": 0.0}],
                               lr=lr, betas=(0.9, 0.95), fused=True)]
@@ -310,49 +364,68 @@ def rows_of_step(step, num_rows, settings):
     return order[k * per_step:(k + 1) * per_step]
 
 
-def accumulate_gradients(model, train_rows, rows, settings, device):
-    """Forward and backward over the rows of one step, a batch at a time; returns the mean loss.
+def accumulate_gradients(model, train_rows, rows, settings, device, rank=0, world=1):
+    """Forward and backward over the rows of one step, a batch at a time; returns the summed loss.
 
-    Dividing by the targets of the whole step makes many small batches equal one large one, also
-    when they hold different numbers of targets.
+    Each process takes its share of every batch. Dividing by the targets of the whole step makes
+    many small batches, or many processes, equal one large batch, whatever each of them holds.
     """
-    batches = [train_rows.batch(part, device) for part in
-               np.array_split(rows, math.ceil(len(rows) / settings["batch_size"]))]
-    num_targets = sum(int((targets != -100).sum()) for _, targets in batches)
-    step_loss = 0.0
-    for inputs, targets in batches:
-        with autocast(device, settings["dtype"]):
-            logits = model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        (loss / num_targets).backward()
-        step_loss += loss.item() / num_targets
+    num_targets, step_loss = train_rows.count_targets(rows), 0.0
+    batches = np.array_split(rows, math.ceil(len(rows) / settings["batch_size"]))
+    for batch in batches:
+        share = batch[rank::world]
+        inputs, targets = train_rows.batch(share if len(share) else batch[:1], device)
+        if not len(share):        # nothing left for this process, but the others wait for it
+            targets.fill_(-100)
+        # Gradients travel between processes once per step, with the last batch.
+        wait = world > 1 and batch is not batches[-1]
+        with model.no_sync() if wait else contextlib.nullcontext():
+            with autocast(device, settings["dtype"]):
+                logits = model(inputs)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                   reduction="sum") / num_targets
+            (loss * world).backward()  # DistributedDataParallel takes the mean over processes
+        step_loss += loss.item()
     return step_loss
 
 
 @torch.no_grad()
-def evaluate_rows(model, rows, tokenizer, settings, device):
+def evaluate_rows(model, rows, bytes_of, settings, device, rank=0, world=1):
     """Over `rows`, without dropout -> (nats per token, bits per byte of text).
 
-    Bits per byte compare models of different vocabularies: a token may stand for many bytes.
+    Bits per byte compare models of different vocabularies: a token may stand for many bytes;
+    `bytes_of` (V,) says for how many.
     """
-    bytes_of = torch.tensor([len(tokenizer.decode_single_token_bytes(i)) if i in known else 0
-                             for known in [set(tokenizer._mergeable_ranks.values())]
-                             for i in range(tokenizer.n_vocab)])
     count = min(rows.num_rows, (settings["eval_batches"] or math.inf) * settings["batch_size"])
-    numbers = np.linspace(0, rows.num_rows - 1, int(count)).astype(int)   # evenly spread
-    nats = num_tokens = num_bytes = 0
+    numbers = np.linspace(0, rows.num_rows - 1, int(count)).astype(int)[rank::world]
+    sums = torch.zeros(3, dtype=torch.float64)                        # nats, tokens, bytes
     model.eval()
-    for part in np.array_split(numbers, math.ceil(count / (4 * settings["batch_size"]))):
+    for part in np.array_split(numbers, math.ceil(len(numbers) / (4 * settings["batch_size"]))):
         inputs, targets = rows.batch(part, device)
         with autocast(device, settings["dtype"]):
             logits = model(inputs)
-        nats += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                                reduction="sum").item()
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         real = targets[targets != -100].cpu()
-        num_tokens += len(real)
-        num_bytes += int(bytes_of[real].sum())
+        sums += torch.tensor([nats.item(), len(real), bytes_of[real].sum()])
     model.train()
-    return nats / num_tokens, nats / num_bytes / math.log(2)
+    nats, tokens, num_bytes = sum_over_processes(sums, device)
+    return nats / tokens, nats / num_bytes / math.log(2)
+
+
+def bytes_per_token(tokenizer):
+    """(V,): how many bytes of text each token stands for; none for special tokens."""
+    lengths = torch.zeros(tokenizer.n_vocab, dtype=torch.long)
+    for token in tokenizer.token_byte_values():
+        lengths[tokenizer.encode_single_token(token)] = len(token)
+    return lengths
+
+
+def sum_over_processes(numbers, device):
+    """A (N,) tensor -> the list of sums over all processes of torchrun."""
+    numbers = numbers.to(device=device, dtype=torch.float32 if str(device) == "mps" else None)
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers.tolist()
 
 
 def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, saved=None):
@@ -362,6 +435,7 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
     weights of one that was never interrupted. Raises UserError when the loss is not finite (the
     last checkpoint is kept) and KeyboardInterrupt after Ctrl-C, when the step is saved.
     """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizers = make_optimizers(model, settings)
     peak_lrs = [[group["lr"] for group in o.param_groups] for o in optimizers]
     step, best, loss_sum, loss_steps = 0, math.inf, 0.0, 0
@@ -369,7 +443,10 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
         step, best, (loss_sum, loss_steps) = saved["step"], saved["best"], saved["losses"]
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        set_random_state(saved["random"])
+    wrapped = torch.compile(model) if settings["compile"] else model
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
+    bytes_of = bytes_per_token(tokenizer)
     metrics = Metrics(out, step)
     tokens_per_step = settings["batch_size"] * settings["grad_accum"] * train_rows.T
     progress = Progress(settings["total_steps"] * tokens_per_step, "tokens")
@@ -379,8 +456,11 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
             for optimizer, peaks in zip(optimizers, peak_lrs):
                 for group, peak in zip(optimizer.param_groups, peaks):
                     group["lr"] = peak * lr_factor(step, settings)
+            # Dropout's random numbers follow from seed, step and process: a resume needs no more.
+            torch.manual_seed(hash((settings["seed"], step, rank)))
             rows = rows_of_step(step, train_rows.num_rows, settings)
-            loss = accumulate_gradients(model, train_rows, rows, settings, device)
+            loss = accumulate_gradients(wrapped, train_rows, rows, settings, device, rank, world)
+            loss, pressed = sum_over_processes(torch.tensor([loss, stop.pressed]), device)
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step + 1}; the last checkpoint is "
                                 f"kept. Try a lower --lr than {settings['lr']:g}")
@@ -394,25 +474,28 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
             evaluate = step % settings["eval_every"] == 0 or step == settings["total_steps"]
             if evaluate:
                 progress.close()
-                val_loss, bits = evaluate_rows(model, val_rows, tokenizer, settings, device)
+                val_loss, bits = evaluate_rows(model, val_rows, bytes_of, settings, device,
+                                               rank, world)
+            if evaluate and rank == 0:
                 metrics.add(step=step, tokens=step * tokens_per_step,
                             train_loss=round(loss_sum / loss_steps, 5),
                             val_loss=round(val_loss, 5), bits_per_byte=round(bits, 5))
                 print_evaluation(model, tokenizer, settings, device, metrics.rows[-1])
-                loss_sum, loss_steps = 0.0, 0
-                if val_loss < best:
-                    best = val_loss
+            if evaluate:
+                loss_sum, loss_steps, is_best = 0.0, 0, val_loss < best
+                best = min(best, val_loss)
+                if is_best and rank == 0:
                     save_checkpoint(best_path(out), model, tokenizer, step=step)
-            if evaluate or stop.pressed:
+            if (evaluate or pressed) and rank == 0:
                 save_checkpoint(out, model, tokenizer, step=step, best=best,
                                 losses=[loss_sum, loss_steps], settings=plain(settings),
-                                optimizers=[o.state_dict() for o in optimizers],
-                                random=random_state())
-            if stop.pressed:
+                                optimizers=[o.state_dict() for o in optimizers])
+            if pressed:
                 progress.close()
                 print(f"stopped at step {step}, saved; go on with the same command and --resume")
                 raise KeyboardInterrupt
-    metrics.plot()
+    if rank == 0:
+        metrics.plot()
 
 
 def best_path(out):
@@ -432,11 +515,30 @@ def print_evaluation(model, tokenizer, settings, device, row):
           f"{row['bits_per_byte']:.3f} bits/byte")
     idx = text_to_token_ids(settings["prompt"], tokenizer).to(device)
     ids = generate(model, idx, 60, model.cfg["context_length"], eos_id=tokenizer.eot_token)
-    print("           " + " ".join(token_ids_to_text(ids, tokenizer).split()), flush=True)
+    text = printable(token_ids_to_text(ids, tokenizer))
+    print("           " + " ".join(text.split()), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
 # python pretrain.py
+
+def join_processes(device):
+    """Under torchrun join the other processes; return the torch.device of this one.
+
+    Each process runs this whole script. Only the first one prints.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return pick_device(device)
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return device
+
 
 def parse_arguments(argv):
     """The command line; what is not given there comes from the preset."""
@@ -452,6 +554,7 @@ def parse_arguments(argv):
     for name in ("context_length", "emb_dim", "n_layers", "n_heads"):
         arg("--" + name.replace("_", "-"), type=positive_int, help=f"{name} of the model")
     arg("--val-share", type=float, default=0.1, help="last part of the tokens, held out")
+    arg("--compile", action="store_true", help="let torch.compile rewrite the model first")
     arg("--eval-batches", type=positive_int, help="batches in an evaluation, not all of them")
     add_training_arguments(parser, "checkpoints/pretrained.pt", None, None, None, None, None)
     args = parser.parse_args(argv)
@@ -475,8 +578,10 @@ def make_model(args, preset):
         raise UserError(f"emb_dim {cfg['emb_dim']} cannot be shared out among {cfg['n_heads']} "
                         "heads; change --emb-dim or --n-heads")
     model = GPTModel(cfg)
-    if preset["init"] == "gpt2":
-        init_gpt2_weights(model)
+    if preset["init"] != "torch":
+        init_gpt2_weights(model, std=0.04 if preset["init"] == "sines" else 0.02)
+    if preset["init"] == "sines":  # 0.04 because a narrower model needs larger numbers
+        init_sine_positions(model)
     return model, tokenizer
 
 
@@ -487,7 +592,7 @@ def make_settings(args, preset, train_rows):
         settings["max_steps"] = None  # whoever asks for epochs gets all of them
     for name in ("batch_size", "grad_accum", "epochs", "max_steps", "lr", "eval_every"):
         settings[name] = getattr(args, name) or settings[name]
-    settings.update(seed=args.seed, eval_batches=args.eval_batches)
+    settings.update(seed=args.seed, eval_batches=args.eval_batches, compile=args.compile)
     per_epoch = math.ceil(train_rows.num_rows / (settings["batch_size"] * settings["grad_accum"]))
     epochs = settings["epochs"] * per_epoch if settings["epochs"] else math.inf
     settings["total_steps"] = min(epochs, settings["max_steps"] or math.inf)
@@ -513,16 +618,21 @@ def main(argv=None):
     """Text -> tokens -> model -> training -> checkpoint."""
     args = parse_arguments(argv)
     preset = PRESETS[args.preset]
-    device = pick_device(args.device)
+    device = join_processes(args.device)
     check_output(args.out)
     documents_name, documents, stamp = find_documents(args.preset, args.data)
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # on a GPU, TF32 for what stays float32
     saved = None
     if args.resume and args.out.exists():
         model, tokenizer, saved = load_checkpoint(args.out)
     else:
         model, tokenizer = make_model(args, preset)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()  # the first process writes the tokens, the others wait, then read
     tokens = tokens_on_disk(documents, stamp, tokenizer)
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
     train_rows, val_rows = split_tokens(tokens, model.cfg["context_length"], args.val_share,
                                         documents_name)
     settings = make_settings(args, preset, train_rows)
@@ -550,7 +660,7 @@ def main(argv=None):
     idx = text_to_token_ids(settings["prompt"], tokenizer).to(device)
     ids = generate(model, idx, 300, cfg["context_length"], temperature=0.8, seed=args.seed,
                    eos_id=tokenizer.eot_token)
-    print(token_ids_to_text(ids, tokenizer))
+    print(printable(token_ids_to_text(ids, tokenizer)))
     print(f"\nNext: python gpt.py --checkpoint {args.out} --prompt \"{settings['prompt']}\"")
 
 

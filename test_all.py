@@ -508,5 +508,374 @@ class TestGptCommand(InFolder):
         self.assertIn("python pretrain.py", err)
 
 
+# ---------------------------------------------------------------------------------------------
+# pretrain.py
+
+SMALL_RUN = ("--data", "text.txt", "--tokenizer", "bytes", "--context-length", 16, "--emb-dim", 16,
+             "--n-layers", 1, "--n-heads", 2, "--dtype", "float32", "--out", "run.pt")
+
+
+def weights(path):
+    """All parameters of a checkpoint in one row."""
+    model = gpt.load_checkpoint(path)[0]
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class TestBookLoop(unittest.TestCase):
+    def setUp(self):
+        self.tokenizer = gpt.load_tokenizer("bytes")
+
+    def test_rows_are_windows_and_targets_are_moved_by_one(self):
+        data = pretrain.GPTDatasetV1("abcdefgh", self.tokenizer, max_length=3, stride=2)
+        rows = [(bytes(x.tolist()), bytes(y.tolist())) for x, y in data]
+        self.assertEqual(rows, [(b"abc", b"bcd"), (b"cde", b"def"), (b"efg", b"fgh")])
+        with self.assertRaisesRegex(ValueError, "at least 9"):
+            pretrain.GPTDatasetV1("abcdefgh", self.tokenizer, max_length=8, stride=8)
+
+    @needs("tiktoken", "the-verdict.txt")
+    def test_the_book_s_first_batch(self):
+        text = (ROOT / "data" / "the-verdict.txt").read_text(encoding="utf-8")
+        loader = pretrain.create_dataloader_v1(text, batch_size=8, max_length=4, stride=4,
+                                               shuffle=False)
+        inputs, targets = next(iter(loader))
+        self.assertEqual(inputs[:2].tolist(), [[40, 367, 2885, 1464], [1807, 3619, 402, 271]])
+        self.assertEqual(targets[:2].tolist(), [[367, 2885, 1464, 1807], [3619, 402, 271, 10899]])
+
+    def test_loss_is_the_mean_of_minus_log_probability(self):
+        model = tiny_model()
+        x, y = torch.randint(0, 257, (2, 2, 5))
+        probs = torch.softmax(model(x), dim=-1)
+        expected = -torch.stack([probs[b, t, y[b, t]].log() for b in range(2) for t in range(5)])
+        loss = pretrain.calc_loss_batch(x, y, model, "cpu")
+        torch.testing.assert_close(loss, expected.mean())
+        loader = [(x, y), (y, x)]
+        other = pretrain.calc_loss_batch(y, x, model, "cpu").item()
+        self.assertAlmostEqual(pretrain.calc_loss_loader(loader, model, "cpu"),
+                               (loss.item() + other) / 2, places=5)
+        self.assertAlmostEqual(pretrain.calc_loss_loader(loader, model, "cpu", num_batches=1),
+                               loss.item(), places=5)
+        self.assertTrue(math.isnan(pretrain.calc_loss_loader([], model, "cpu")))
+
+    def test_the_simple_loop_learns_and_reports_every_evaluation(self):
+        data = pretrain.GPTDatasetV1(TEXT, self.tokenizer, max_length=16, stride=16)
+        loader = torch.utils.data.DataLoader(data, batch_size=8, drop_last=True)
+        model = tiny_model(drop_rate=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            train, val, seen = pretrain.train_model_simple(
+                model, loader, loader, optimizer, "cpu", num_epochs=2, eval_freq=10, eval_iter=2,
+                start_context="The", tokenizer=self.tokenizer)
+        self.assertLess(train[-1], train[0] - 1)
+        self.assertEqual(seen, [(10 * i + 1) * 8 * 16 for i in range(len(seen))])
+        self.assertIn("Ep 1 (Step 000000)", out.getvalue())
+
+
+class TestTokensOnDisk(InFolder):
+    def tokens(self, **changes):
+        name, documents, stamp = pretrain.find_documents("quick", [Path("text.txt")])
+        return pretrain.tokens_on_disk(documents, stamp, gpt.load_tokenizer("bytes"))
+
+    def test_every_token_but_the_first_is_a_target_once_an_epoch(self):
+        for length in (33, 34, 48, 49, 50):
+            rows = pretrain.TokenRows(np.arange(length, dtype=np.uint16), T=16)
+            x, y = rows.batch(range(rows.num_rows))
+            self.assertEqual(sorted(y[y != -100].tolist()), list(range(1, length)))
+            self.assertTrue(((x + 1 == y) | (y == -100)).all())
+            for part in ([0], [rows.num_rows - 1], range(rows.num_rows)):
+                self.assertEqual(rows.count_targets(np.array(part)),
+                                 int((rows.batch(part)[1] != -100).sum()))
+
+    def test_each_epoch_reads_every_row_once_in_a_new_order(self):
+        settings = {"batch_size": 2, "grad_accum": 2, "seed": 1}
+        epochs = [np.concatenate([pretrain.rows_of_step(e * 3 + k, 11, settings)
+                                  for k in range(3)]) for e in range(2)]
+        self.assertEqual([sorted(e) for e in epochs], [list(range(11))] * 2)
+        self.assertNotEqual(list(epochs[0]), list(epochs[1]))
+
+    def test_validation_is_the_last_part_and_shares_no_token(self):
+        train, val = pretrain.split_tokens(np.arange(1000), T=16, val_share=0.1, name="x")
+        self.assertEqual((train.tokens[-1], val.tokens[0], val.tokens[-1]), (899, 900, 999))
+        with self.assertRaisesRegex(UserError, "100 tokens, but at least 171 are needed"):
+            pretrain.split_tokens(np.arange(100), T=16, val_share=0.1, name="x")
+        pretrain.split_tokens(np.arange(171), T=16, val_share=0.1, name="x")
+
+    def test_documents_of_a_folder_are_joined_with_end_of_text_in_sorted_order(self):
+        Path("d/sub").mkdir(parents=True)
+        for name, text in (("b.txt", "second"), ("a.txt", "first"), ("sub/c.txt", "third"),
+                           (".hidden", "no")):
+            Path("d", name).write_text(text, encoding="utf-8")
+        _, documents, stamp = pretrain.find_documents("quick", [Path("d")])
+        tokenizer = gpt.load_tokenizer("bytes")
+        tokens = pretrain.tokens_on_disk(documents, stamp, tokenizer)
+        self.assertEqual(tokenizer.decode(tokens.tolist()),
+                         "first<|endoftext|>second<|endoftext|>third<|endoftext|>")
+        self.assertEqual(tokens.dtype, np.uint16)
+
+    def test_the_file_is_made_once_and_anew_when_the_text_changes(self):
+        self.tokens()
+        [path] = Path("data").iterdir()
+        made = path.stat().st_mtime_ns
+        self.tokens()
+        self.assertEqual(path.stat().st_mtime_ns, made)
+        Path("text.txt").write_text("another text", encoding="utf-8")
+        self.assertEqual(bytes(self.tokens()[:-1].tolist()), b"another text")
+
+    def test_a_vocabulary_above_65536_takes_32_bits(self):
+        tokenizer = tiktoken.Encoding(
+            "big", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={"<|endoftext|>": 70_000})
+        tokens = pretrain.tokens_on_disk([lambda: iter(["ab"])], "x", tokenizer)
+        self.assertEqual((tokens.tolist(), tokens.dtype), ([97, 98, 70_000], np.uint32))
+
+    def test_memory_does_not_grow_with_the_text(self):
+        import tracemalloc
+        peaks = []
+        for repeats in (20, 200):  # 0.5 MB and 5 MB of text
+            Path("text.txt").write_text(TEXT * 10 * repeats, encoding="utf-8")
+            _, documents, stamp = pretrain.find_documents("quick", [Path("text.txt")])
+            small = [lambda: gpt.read_text_pieces("text.txt", size=100_000)]
+            tracemalloc.start()
+            tokens = pretrain.tokens_on_disk(small, stamp, gpt.load_tokenizer("bytes"))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            self.assertEqual(len(tokens), len(TEXT) * 10 * repeats + 1)
+        self.assertLess(peaks[1], peaks[0] + 500_000)
+
+
+class TestTrainingSteps(unittest.TestCase):
+    def test_unequal_small_batches_give_the_gradient_of_one_large_one(self):
+        rows = pretrain.TokenRows(np.random.default_rng(0).integers(0, 257, 70), T=16)
+        gradients, losses = [], []
+        for batch_size in (5, 2):      # 5 rows at once; or 2, 2 and the last, with 5 targets
+            model = tiny_model(drop_rate=0.0)
+            losses.append(pretrain.accumulate_gradients(
+                model, rows, np.arange(5), {"batch_size": batch_size, "dtype": torch.float32},
+                torch.device("cpu")))
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-4)
+        x, y = rows.batch(range(5))
+        expected = F.cross_entropy(tiny_model(drop_rate=0.0)(x)[y != -100], y[y != -100])
+        self.assertAlmostEqual(losses[0], expected.item(), places=5)
+        self.assertAlmostEqual(losses[1], expected.item(), places=5)
+
+    def test_learning_rate_rises_then_falls_as_half_a_cosine(self):
+        s = {"warmup_steps": 4, "total_steps": 14, "final_lr": 0.1}
+        self.assertEqual([pretrain.lr_factor(i, s) for i in range(4)], [0.25, 0.5, 0.75, 1.0])
+        self.assertAlmostEqual(pretrain.lr_factor(9, s), 0.55)           # half-way
+        self.assertAlmostEqual(pretrain.lr_factor(14, s), 0.1)
+        flat = {"warmup_steps": 0, "total_steps": 14, "final_lr": 1.0}
+        self.assertEqual({pretrain.lr_factor(i, flat) for i in range(14)}, {1.0})
+
+    def test_only_matrices_decay_and_every_parameter_has_one_optimizer(self):
+        for optimizer in ("adamw", "muon"):
+            model = tiny_model(tie_embeddings=True)
+            settings = {"optimizer": optimizer, "lr": 1.0, "weight_decay": 0.1,
+                        "dtype": torch.float32}
+            groups = [g for o in pretrain.make_optimizers(model, settings) for g in o.param_groups]
+            held = [p for g in groups for p in g["params"]]
+            self.assertEqual({id(p) for p in held}, {id(p) for p in model.parameters()})
+            self.assertEqual(len(held), len(list(model.parameters())))
+            decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+            names = [n for n, p in model.named_parameters() if id(p) in decayed]
+            self.assertTrue(all(n.endswith("weight") and "emb" not in n for n in names), names)
+            self.assertEqual(len(names), 2 * 6)
+
+    def test_muon_moves_every_direction_equally_far(self):
+        p = torch.nn.Parameter(torch.zeros(6, 3))
+        p.grad = torch.randn(6, 3) * torch.tensor([100.0, 1.0, 0.1])   # very unequal columns
+        pretrain.Muon([p], lr=1.0).step()
+        singular_values = torch.linalg.svdvals(p.detach()) / math.sqrt(6 / 3)
+        self.assertTrue(((singular_values > 0.6) & (singular_values < 1.3)).all())
+
+    def test_gpt2_initial_values_shrink_where_a_block_adds(self):
+        model = tiny_model(emb_dim=64, n_layers=8, drop_rate=0.0)
+        pretrain.init_gpt2_weights(model)
+        block = model.trf_blocks[0]
+        self.assertAlmostEqual(block.ff.layers[0].weight.std().item(), 0.02, delta=0.001)
+        self.assertAlmostEqual(block.ff.layers[2].weight.std().item(), 0.005, delta=0.0004)
+        self.assertAlmostEqual(block.att.out_proj.weight.std().item(), 0.005, delta=0.0004)
+
+    def test_bits_per_byte_divides_by_bytes_not_tokens(self):
+        ranks = {**{bytes([i]): i for i in range(256)}, b"the ": 256}
+        tokenizer = tiktoken.Encoding("t", pat_str=r"the |.", mergeable_ranks=ranks,
+                                      special_tokens={"<|endoftext|>": 257})
+        tokens = np.array([97, *[256] * 6, 257, *[98] * 9])       # targets: 24 + 0 + 9 bytes
+        rows = pretrain.TokenRows(tokens, T=16)
+        model = tiny_model(vocab_size=258)
+        model.out_head.weight.data.zero_()                        # every token equally likely
+        nats, bits = pretrain.evaluate_rows(
+            model, rows, pretrain.bytes_per_token(tokenizer),
+            {"batch_size": 2, "eval_batches": None, "dtype": torch.float32}, "cpu")
+        self.assertAlmostEqual(nats, math.log(258), places=5)
+        self.assertAlmostEqual(bits, 16 * math.log2(258) / 33, places=5)
+
+
+class TestPretrainCommand(InFolder):
+    def test_it_trains_saves_and_the_checkpoint_writes(self):
+        status, out, err = call(pretrain.main, *SMALL_RUN, "--max-steps", 30, "--eval-every", 10)
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("bits/byte", out)
+        rows = Path("run.csv").read_text(encoding="utf-8").splitlines()
+        self.assertEqual(rows[0], "step,tokens,train_loss,val_loss,bits_per_byte")
+        self.assertEqual([r.split(",")[0] for r in rows[1:]], ["10", "20", "30"])
+        losses = [float(r.split(",")[3]) for r in rows[1:]]
+        self.assertLess(losses[-1], losses[0])
+        self.assertTrue(Path("run-best.pt").exists())
+        status, out, _ = call(gpt.main, "--checkpoint", "run.pt", "--prompt", "The")
+        self.assertEqual(status, 0)
+
+    def test_started_from_a_checkpoint_it_keeps_model_and_tokenizer(self):
+        call(pretrain.main, *SMALL_RUN, "--max-steps", 1)
+        status, out, _ = call(pretrain.main, "--init", "run.pt", "--data", "text.txt",
+                              "--max-steps", 2, "--out", "next.pt")
+        self.assertEqual(status, 0)
+        self.assertEqual(gpt.load_checkpoint("next.pt")[2]["config"],
+                         gpt.load_checkpoint("run.pt")[2]["config"])
+
+    def test_the_quick_preset_needs_no_file_and_no_network(self):
+        with mock.patch("requests.get", side_effect=AssertionError("network used")):
+            status, out, _ = call(pretrain.main, "--max-steps", 1, "--n-layers", 1, "--eval-batches",
+                                  1, "--emb-dim", 12, "--n-heads", 1)
+        self.assertEqual(status, 0)
+        self.assertIn("Python's reference manual", out)
+        self.assertTrue(Path("checkpoints/pretrained.pt").exists())
+
+    def test_the_verdict_preset_is_the_book_s(self):
+        preset = pretrain.PRESETS["verdict"]
+        self.assertEqual(preset["config"], {**GPT_CONFIG_124M, "context_length": 256})
+        self.assertEqual([preset[k] for k in ("batch_size", "lr", "weight_decay", "epochs",
+                                              "warmup_steps", "final_lr", "clip")],
+                         [2, 4e-4, 0.1, 10, 0, 1.0, None])
+
+    def test_an_interrupted_run_resumed_ends_with_the_same_weights(self):
+        run = (*SMALL_RUN, "--max-steps", 12, "--eval-every", 4)
+        model = {**TINY, "drop_rate": 0.2}                     # so that random numbers matter
+        with mock.patch.dict(pretrain.PRESETS["quick"], config=model):
+            call(pretrain.main, *run)
+            expected, log = weights("run.pt"), Path("run.csv").read_text(encoding="utf-8")
+            for stop_at in (1, 4, 7, 11):
+                for file in Path(".").glob("run*"):
+                    file.unlink()
+                steps, real = [], pretrain.accumulate_gradients
+
+                def interrupted(*args):                        # as if Ctrl-C came in this step
+                    steps.append(1)
+                    if len(steps) == stop_at:
+                        os.kill(os.getpid(), signal.SIGINT)
+                    return real(*args)
+
+                with mock.patch.object(pretrain, "accumulate_gradients", interrupted):
+                    status, out, _ = call(pretrain.main, *run)
+                self.assertEqual(status, 130)
+                self.assertIn(f"stopped at step {stop_at}", out)
+                self.assertEqual(call(pretrain.main, *run, "--resume")[0], 0)
+                self.assertTrue(torch.equal(weights("run.pt"), expected), stop_at)
+                self.assertEqual(Path("run.csv").read_text(encoding="utf-8"), log)
+
+    def test_a_killed_run_resumed_ends_with_the_same_weights(self):
+        run = (*SMALL_RUN, "--max-steps", 300, "--eval-every", 10)
+        command = [sys.executable, str(ROOT / "pretrain.py"), *map(str, run), "--resume"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not Path("run.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        process.kill()                                          # SIGKILL: no chance to clean up
+        process.wait()
+        self.assertLess(gpt.load_checkpoint("run.pt")[2]["step"], 300)
+        self.assertEqual(call(pretrain.main, *run, "--resume")[0], 0)
+        resumed = weights("run.pt")
+        call(pretrain.main, *run)
+        self.assertTrue(torch.equal(resumed, weights("run.pt")))
+
+    def test_resuming_another_run_is_refused_and_changes_nothing(self):
+        call(pretrain.main, *SMALL_RUN, "--max-steps", 2)
+        before = Path("run.pt").read_bytes()
+        for flags, word in ((("--max-steps", 2, "--batch-size", 3), "--batch-size"),
+                            (("--max-steps", 2, "--seed", 9), "--seed"),
+                            (("--max-steps", 5), "--total-steps")):
+            status, _, err = call(pretrain.main, *SMALL_RUN, *flags, "--resume")
+            self.assertEqual(status, 1)
+            self.assertIn(word, err)
+        self.assertEqual(Path("run.pt").read_bytes(), before)
+
+    def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(self):
+        calls, real = [], pretrain.accumulate_gradients
+
+        def diverging(*args):
+            calls.append(1)
+            return math.nan if len(calls) == 6 else real(*args)
+
+        with mock.patch.object(pretrain, "accumulate_gradients", diverging):
+            status, _, err = call(pretrain.main, *SMALL_RUN, "--max-steps", 9, "--eval-every", 5)
+        self.assertEqual(status, 1)
+        self.assertIn("the loss is nan at step 6", err)
+        self.assertEqual(gpt.load_checkpoint("run.pt")[2]["step"], 5)
+        self.assertTrue(torch.isfinite(weights("run.pt")).all())
+
+    def test_two_processes_give_the_losses_of_one_and_resume_in_either(self):
+        run = [*map(str, SMALL_RUN), "--grad-accum", "2", "--batch-size", "3", "--max-steps"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                    "--standalone", str(ROOT / "pretrain.py")]
+        done = subprocess.run([*torchrun, *run, "6", "--eval-every", "2"], capture_output=True,
+                              text=True, timeout=100)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        together = Path("run.csv").read_text(encoding="utf-8").splitlines()
+        self.assertEqual(done.stdout.count("step     6"), 1)      # one process prints
+        call(pretrain.main, *run, "6", "--eval-every", "2")
+        alone = Path("run.csv").read_text(encoding="utf-8").splitlines()
+        self.assertEqual(len(alone), 4)
+        for a, b in zip(together[1:], alone[1:]):
+            np.testing.assert_allclose([float(v) for v in a.split(",")],
+                                       [float(v) for v in b.split(",")], atol=1e-4)
+
+    def test_bad_input_is_one_sentence_and_nothing_is_written(self):
+        Path("empty.txt").touch()
+        Path("short.txt").write_text("too short", encoding="utf-8")
+        Path("latin.txt").write_bytes("café".encode("latin-1") * 100)
+        Path("binary.txt").write_bytes(b"a\0b" * 100)
+        Path("folder").mkdir()
+        Path("cut.pt").write_bytes(b"PK\3\4 not much")
+        cases = {
+            ("--data", "none.txt"): "none.txt is not there", ("--data", "empty.txt"): "is empty",
+            ("--data", "short.txt"): "10 tokens, but at least 2,571", ("--data", "folder"): "no files",
+            ("--data", "latin.txt"): "not UTF-8 text", ("--data", "binary.txt"): "not a text file",
+            ("--tokenizer", "gpt9"): "unknown tokenizer", ("--device", "tpu"): "not available",
+            ("--tokenizer", "none.tiktoken"): "none.tiktoken is not there",
+            ("--out", "folder"): "cannot write folder", ("--n-heads", 5): "cannot be shared out",
+            ("--out", "text.txt/x.pt"): "cannot write", ("--init", "none.pt"): "no checkpoint",
+            ("--init", "cut.pt"): "cut short", ("--out", "cut.pt", "--resume"): "cut short",
+            ("--preset", "gpt2"): "--data FILE-OR-FOLDER"}
+        for flags, reason in cases.items():
+            status, out, err = call(pretrain.main, *flags)
+            self.assertEqual((status, out), (1, ""), flags)
+            self.assertIn(reason, err)
+            self.assertEqual(err.strip().count("\n"), 0, err)
+        for flags in (("--batch-size", 0), ("--max-steps", -1), ("--lr", "nan"), ("--lr", 0),
+                      ("--epochs", "x"), ("--preset", "none"), ("--val-share", 1.5), ("--dtype", "x"),
+                      ("--init", "a.pt", "--tokenizer", "bytes"), ("--lr", "inf"), ("--eval-every", 0)):
+            status, out, err = call(pretrain.main, *flags)
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1), (flags, err))
+        self.assertFalse(Path("checkpoints/pretrained.pt").exists())
+
+    def test_without_a_network_the_error_says_where_to_put_the_file(self):
+        import requests
+        with mock.patch("requests.get", side_effect=requests.exceptions.ConnectionError):
+            status, _, err = call(pretrain.main, "--preset", "verdict")
+        self.assertEqual(status, 1)
+        self.assertIn(os.path.join("data", "the-verdict.txt"), err)
+        self.assertIn("https://raw.githubusercontent.com", err)
+
+
+class TestScripts(unittest.TestCase):
+    def test_help_names_every_default_and_every_script_answers(self):
+        for script in ("gpt.py", "tokenizer.py", "pretrain.py", "load_gpt2.py",
+                       "finetune_classifier.py", "finetune_instruct.py"):
+            done = subprocess.run([sys.executable, str(ROOT / script), "--help"],
+                                  capture_output=True, text=True, timeout=60)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), script)
+            self.assertIn("usage:", done.stdout)
+
+
 if __name__ == "__main__":
     unittest.main()
