@@ -16,6 +16,7 @@ programs: opening one can run code), and models that are not GPT-2.
 Shapes: C embedding width, T context length, V vocabulary size, as in gpt.py.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -385,41 +386,36 @@ def check_crc(data, stored, what):
 # ---------------------------------------------------------------------------------------------
 # From the file's names to the book's tree: params["blocks"][3]["attn"]["c_attn"]["w"].
 
-def read_json(path):
-    """A small JSON file -> dictionary. Raises UserError."""
+def read_config(folder):
+    """(path, dictionary) of the config.json (hub) or hparams.json (OpenAI) in `folder`.
+
+    (None, {}) if there is none. Raises UserError when it is broken, or describes a model that
+    computes otherwise than GPT-2.
+    """
+    paths = [folder / name for name in ("config.json", "hparams.json")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None, {}
     try:
         if path.stat().st_size > LARGEST_HEADER:
             raise ValueError("it is too long")
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it is not an object")
-        return value
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not the JSON file that comes with GPT-2 ({e})") from None
-
-
-def read_config(folder):
-    """(path, dictionary) of the config.json (hub) or hparams.json (OpenAI) in a folder, or None.
-
-    Raises UserError when config.json describes a model that computes otherwise than GPT-2.
-    """
-    for path in (folder / "config.json", folder / "hparams.json"):
-        if path.is_file():
-            config = read_json(path)
-            for key, gpt2 in (("model_type", "gpt2"), ("activation_function", "gelu_new"),
-                              ("layer_norm_epsilon", 1e-5), ("scale_attn_weights", True),
-                              ("scale_attn_by_inverse_layer_idx", False)):
-                if config.get(key, gpt2) != gpt2:
-                    raise UserError(f"{path} says {key} {config[key]!r}, GPT-2 has {gpt2!r}; only "
-                                    "GPT-2 can be loaded")
-            return path, config
-    return None, {}
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not the file that comes with GPT-2 ({e})") from None
+    for key, gpt2 in {"model_type": ["gpt2"], "layer_norm_epsilon": [1e-5],
+                      "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+                      "scale_attn_weights": [True],
+                      "scale_attn_by_inverse_layer_idx": [False]}.items():
+        if config.get(key, gpt2[0]) not in gpt2:
+            raise UserError(f"{path} says {key} {config[key]!r}, but GPT-2 has {gpt2[0]!r}; other "
+                            "models cannot be loaded")
+    return path, config
 
 
 def find_settings(path, tensors, column, folder):
-    """The sizes of a model, from its tensors and the JSON file in `folder`: OpenAI's `hparams`.
+    """The sizes of a model, from its tensors and the JSON file beside them: OpenAI's `hparams`.
 
     `column` says which of `weight_names` the tensors bear. Raises UserError for a tensor that is
     missing or does not belong to a GPT-2, and for sizes that contradict each other.
@@ -441,21 +437,21 @@ def find_settings(path, tensors, column, folder):
     if wte.ndim != 2 or wpe.ndim != 2:
         raise UserError(f"{path}: wte and wpe have the shapes {tuple(wte.shape)} and "
                         f"{tuple(wpe.shape)}, but should be matrices")
-    if config_path is None:
-        print(f"{folder} has no config.json; attention heads taken as 64 numbers wide, as in every "
-              "published GPT-2")
     settings = {"n_vocab": wte.shape[0], "n_ctx": wpe.shape[0], "n_embd": wte.shape[1],
-                "n_head": config.get("n_head", wte.shape[1] // 64), "n_layer": n_layers}
-    for key, hub_key in (("n_vocab", "vocab_size"), ("n_ctx", "n_positions"),
-                         ("n_embd", "n_embd")):
+                "n_head": config.get("n_head"), "n_layer": n_layers}
+    for key, hub_key in [("n_vocab", "vocab_size"), ("n_ctx", "n_positions"), ("n_embd",) * 2]:
         if (stated := config.get(key, config.get(hub_key, settings[key]))) != settings[key]:
             raise UserError(f"{config_path} says {key} {stated!r}, but {path} has {settings[key]}; "
                             "the two do not belong together")
-    if type(settings["n_head"]) is not int or settings["n_head"] < 1 or (
-            settings["n_embd"] % settings["n_head"]):
-        raise UserError(f"{config_path or folder}: {settings['n_embd']} numbers per token cannot "
-                        f"be shared out among {settings['n_head']!r} heads; put the config.json "
-                        "that belongs to the weights beside them")
+    C, H = settings["n_embd"], settings["n_head"]
+    if H is None:  # no tensor shows how many heads share the C numbers
+        H = settings["n_head"] = C // 64
+        if C not in [size["emb_dim"] for size in GPT2_SIZES.values()]:
+            print(f"no config.json says how many attention heads there are; taken as {H} of 64 "
+                  "numbers each, the width in every published GPT-2")
+    if type(H) is not int or H < 1 or C % H:
+        raise UserError(f"{config_path or path}: {C} numbers per token cannot be shared out among "
+                        f"{H!r} heads; put the config.json that belongs to the weights beside them")
     return settings
 
 
@@ -613,33 +609,32 @@ def download_and_load_gpt2(model_size, models_dir):
 # ---------------------------------------------------------------------------------------------
 # python load_gpt2.py: fetch, convert, and show that the weights are right.
 
-VERDICT = Path("data") / "the-verdict.txt"  # a short story by Edith Wharton (1908)
+VERDICT = Path("data") / "the-verdict.txt"  # the book's training text, by Edith Wharton (1908)
+VERDICT_ADDRESS = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
+                   "01_main-chapter-code/the-verdict.txt")
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
-VERDICT_ADDRESSES = ["https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
-                     "01_main-chapter-code/the-verdict.txt"]
 PROMPT = "Every effort moves you"
 
 
 def fit_tokenizer(vocab_size):
-    """GPT-2's tokenizer, or for a model with another vocabulary one of that size.
+    """GPT-2's tokenizer; for a model with another vocabulary, one of that size. Raises UserError.
 
-    A byte-pair vocabulary is a list of merges in the order they were learnt, so its first part is
-    one too. Tokens beyond GPT-2's get the names <|extra_0|>, ... Raises UserError below 257.
+    A byte-pair vocabulary lists its merges in the order they were learnt, so its beginning is a
+    vocabulary too. Beyond GPT-2's tokens come `<|extra_0|>` and so on, which stand for no text.
     """
     tokenizer = load_tokenizer("gpt2")
     if vocab_size == tokenizer.n_vocab:
         return tokenizer
     if vocab_size < 257:
-        raise UserError(f"the model has {vocab_size} tokens; 256 bytes and <|endoftext|> need 257")
-    print(f"the model has {vocab_size} tokens, GPT-2's tokenizer {tokenizer.n_vocab}: it is cut or "
-          "filled up to fit")
-    ranks = {token: rank for token, rank in tokenizer._mergeable_ranks.items()
-             if rank < vocab_size - 1}
-    special = {"<|endoftext|>": len(ranks)}
-    for i in range(vocab_size - len(ranks) - 1):
-        special[f"<|extra_{i}|>"] = len(ranks) + 1 + i
-    return tiktoken.Encoding(f"gpt2-{vocab_size}", pat_str=tokenizer._pat_str,
-                             mergeable_ranks=ranks, special_tokens=special)
+        raise UserError(f"the model has {vocab_size} tokens, but the 256 bytes and <|endoftext|> "
+                        "need 257; it can be used in Python: load_gpt2.load_local(path)")
+    print(f"the model has {vocab_size} tokens, GPT-2's tokenizer {tokenizer.n_vocab}: it is "
+          "made to fit")
+    ranks = {t: rank for t, rank in tokenizer._mergeable_ranks.items() if rank < vocab_size - 1}
+    special = ["<|endoftext|>", *(f"<|extra_{i}|>" for i in range(vocab_size - len(ranks) - 1))]
+    return tiktoken.Encoding(
+        f"gpt2-{vocab_size}", pat_str=tokenizer._pat_str, mergeable_ranks=ranks,
+        special_tokens={token: len(ranks) + i for i, token in enumerate(special)})
 
 
 @torch.no_grad()
@@ -657,23 +652,26 @@ def calc_verdict_loss(model, tokenizer):
 
 
 def demonstrate(model, tokenizer, size, prompt, max_new_tokens):
-    """Continue the prompt greedily, and measure the loss beside what the book got."""
-    print(f"\nThe likeliest continuation of {prompt!r}:\n")
+    """Continue the prompt greedily and measure a loss, each beside what the book shows for 124M."""
+    print(f"\nThe likeliest continuation of {prompt!r}:\n\n{prompt}", end="", flush=True)
     idx = text_to_token_ids(prompt or "<|endoftext|>", tokenizer)
     tokens = (int(row[0]) for row in generate_stream(
         model, idx, max_new_tokens, model.cfg["context_length"], eos_id=tokenizer.eot_token))
-    print(prompt, end="", flush=True)
     for piece in decode_stream((t for t in tokens if t != tokenizer.eot_token), tokenizer):
         print(piece, end="", flush=True)
     print()
     if size == "124M" and prompt == PROMPT:
-        print("\nThe book's section 6.4 shows for GPT-2 124M: ... forward.  The first step is to "
-              "understand\nthe importance of your work")
-    if VERDICT.exists():
-        print(f"\nLoss on the last tenth of {VERDICT}: {calc_verdict_loss(model, tokenizer):.3f} "
-              f"nats per token\n  a model that knows nothing: ln {model.cfg['vocab_size']} = "
-              f"{math.log(model.cfg['vocab_size']):.3f}\n  GPT-2 124M in the book (solution of "
-              "exercise 5.5): 3.560; the larger sizes should get less")
+        print("\n(the book, section 6.4: Every effort moves you forward. / The first step is to "
+              "understand\nthe importance of your work)")
+    if not VERDICT.exists():
+        return print(f"\nNo loss is measured, because {VERDICT} is not there.")
+    V = model.cfg["vocab_size"]
+    print(f"\nLoss on the last tenth of {VERDICT}, in nats per token\n"
+          f"  this model                    {calc_verdict_loss(model, tokenizer):6.3f}")
+    if size:
+        print("  GPT-2 124M in the book         3.560  (solution of exercise 5.5)" +
+              ("" if size == "124M" else "; a larger one should get less"))
+    print(f"  a model that knows nothing    {math.log(V):6.3f}  (ln {V})")
 
 
 def main(argv=None):
@@ -681,29 +679,30 @@ def main(argv=None):
     parser = ArgumentParser(description="OpenAI's GPT-2 weights as a checkpoint of this project.")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--size", default="124M", help=f"which GPT-2: {', '.join(GPT2_SIZES)}")
-    which.add_argument("--from", dest="source", type=Path, metavar="PATH",
-                       help="a .safetensors file, or a folder with one or with OpenAI's files")
+    which.add_argument("--from", dest="source", type=Path, metavar="PATH", help="weights that are "
+                       "there: a .safetensors file, or a folder with one or with OpenAI's files")
     parser.add_argument("--out", type=Path, help="checkpoint to write (default: "
-                        "checkpoints/gpt2-SIZE.pt, or gpt2-local.pt for a size of its own)")
+                        "checkpoints/gpt2-SIZE.pt, or gpt2-local.pt for another size)")
     parser.add_argument("--prompt", default=PROMPT, help="text to continue")
     parser.add_argument("--max-new-tokens", type=positive_int, default=15, help="when to stop")
     args = parser.parse_args(argv)
     check_output(args.out or Path("checkpoints") / "gpt2.pt")
     source = args.source or download_gpt2(args.size, Path("data") / "gpt2")
-    if args.source is None:
-        download(VERDICT_ADDRESSES, VERDICT, VERDICT_SHA256)
     model = load_local(source)
-    size = next((s for s, cfg in GPT2_SIZES.items() if cfg.items() <= model.cfg.items()), "local")
+    size = next((s for s, cfg in GPT2_SIZES.items() if cfg.items() <= model.cfg.items()), None)
     tokenizer = fit_tokenizer(model.cfg["vocab_size"])
-    print(f"GPT-2 {size} from {source}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{model.cfg['n_layers']} blocks,\n{model.cfg['n_heads']} heads, "
-          f"{model.cfg['emb_dim']} numbers per token, context {model.cfg['context_length']}")
-    out = args.out or Path("checkpoints") / f"gpt2-{size}.pt"
+    out = args.out or Path("checkpoints") / f"gpt2-{size or 'local'}.pt"
     save_checkpoint(out, model, tokenizer)
-    print(f"saved {out} ({human(out.stat().st_size)}B)")
+    print(f"GPT-2{' ' + size if size else ''} from {source}\n  "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.cfg['n_layers']} "
+          f"blocks, {model.cfg['n_heads']} heads, context {model.cfg['context_length']}\n"
+          f"  saved as {out} ({human(out.stat().st_size)}B)")
+    if args.source is None:
+        with contextlib.suppress(UserError):  # the weights are what the user came for
+            download([VERDICT_ADDRESS], VERDICT, VERDICT_SHA256, timeout=10)
     demonstrate(model, tokenizer, size, args.prompt, args.max_new_tokens)
-    print(f"\nNext: python gpt.py --checkpoint {out} --prompt \"...\", or finetune it:\n"
-          f"python finetune_classifier.py --init {out}")
+    print(f"\nNext: python gpt.py --checkpoint {out} --prompt \"The meaning of life is\"\n"
+          f"or    python finetune_classifier.py --init {out}")
 
 
 if __name__ == "__main__":
