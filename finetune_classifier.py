@@ -46,6 +46,10 @@ SMS_URLS = ["https://archive.ics.uci.edu/static/public/228/sms+spam+collection.z
 SMS_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"
 SMS_MOST_BYTES = 10_000_000   # the file has 477,907
 STARTS = [Path("checkpoints") / "gpt2-124M.pt", Path("checkpoints") / "pretrained.pt"]
+LEARNING_RATES = {  # at GPT-2's width, 768; a model half as wide takes twice the rate
+    "last-block": 5e-5, "all": 5e-5,    # the book's
+    "head": 1e-3, "lora": 8e-4,         # few or fresh weights, with a longer way to go
+}
 FEWEST_TEXTS = 10             # of a class: then a tenth, the validation part, can hold one
 
 
@@ -89,13 +93,13 @@ def download_and_unzip_spam_data(urls=SMS_URLS, path=Path("data") / SMS_NAME, sh
 def read_table(path):
     """A TSV or CSV file -> list of (line number, cells). Raises UserError.
 
-    Tabs divide the columns if the first line has one, else commas; a name in .csv or .tsv
-    decides. In CSV, quotes hold text together that has commas or line breaks in it.
+    A name in .csv or .tsv says which; else it is CSV if the first line has commas and no tab. In
+    CSV, quotes hold text together that has commas or line breaks in it.
     """
     path = Path(path)
     text = "".join(read_text_pieces(path)).removeprefix("\ufeff")   # Excel's byte order mark
-    suffix = path.suffix.lower()
-    if suffix == ".tsv" or (suffix != ".csv" and "\t" in text.split("\n", 1)[0]):
+    suffix, first = path.suffix.lower(), text.split("\n", 1)[0]
+    if suffix == ".tsv" or (suffix != ".csv" and ("\t" in first or "," not in first)):
         # subtle: in TSV a quote is a character like any other. A reader that honours quotes merges
         # SMS messages, and finds 5,572 instead of 5,574.
         return [(number, line.removesuffix("\r").split("\t"))
@@ -322,14 +326,14 @@ def compute_frozen(model, ids, depth, settings, device):
     lengths = [1 if depth == len(model.trf_blocks) else len(row) for row in ids]
     # float32, as the sums along the shortcuts are: rounding would make it another run.
     kept = torch.empty(sum(lengths), model.cfg["emb_dim"]).split(lengths)
-    progress, done = Progress(len(ids), "texts"), 0
+    progress, done = Progress(sum(map(len, ids)), "tokens"), 0
     for batch in batches_of_similar_length(ids):
         x, batch_lengths = pad([ids[i] for i in batch], device)
         with autocast(device, settings["dtype"]):
             x = run_frozen(model, x, batch_lengths, depth)
         for i, row in zip(batch, x):
             kept[i].copy_(row[:lengths[i]])
-        done += len(batch)
+        done += int(batch_lengths.sum())
         progress.update(done, f"reading each text once, {depth} of {len(model.trf_blocks)} blocks")
     progress.close()
     return list(kept)
@@ -618,7 +622,9 @@ def print_report(class_names, test):
 def parse_arguments(argv):
     """The command line."""
     parser = ArgumentParser(description="Teach a pretrained GPT to classify texts, or classify "
-                            "texts with it.")
+                            "texts with it. Without --lr, the learning rate follows from --train "
+                            "and the model's width; without --eval-every, an epoch ends with an "
+                            "evaluation.")
     arg = parser.add_argument
     arg("--classify", nargs="?", const="-", action="append", metavar="TEXT",
         help="print the class of TEXT (repeatable), or of each line of standard input, by the "
@@ -638,7 +644,7 @@ def parse_arguments(argv):
     arg("--seeds", type=positive_int, default=1, help="repeat everything with as many seeds")
     arg("--keep-limit", type=non_negative_float, metavar="MB", help="keep what the frozen part "
         "computes if it takes no more than this; default: half of the free memory")
-    add_training_arguments(parser, "checkpoints/classifier.pt", 5, 8, 5e-5, None)
+    add_training_arguments(parser, "checkpoints/classifier.pt", 5, 8, None, None)
     return parser.parse_args(argv)
 
 
@@ -659,7 +665,8 @@ def make_settings(args, seed, parts, class_names, model, device):
                        for p in model.parameters())
     return {"classes": class_names, "data": hashlib.sha256(repr(parts).encode()).hexdigest(),
             "init": hashlib.sha256(weights).hexdigest(), "seed": seed, "train": args.train,
-            "lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha, "lr": args.lr,
+            "lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha,
+            "lr": args.lr or LEARNING_RATES[args.train] * 768 / model.cfg["emb_dim"],
             "weight_decay": args.weight_decay, "batch_size": args.batch_size,
             "grad_accum": args.grad_accum, "eval_every": args.eval_every or per_epoch,
             "total_steps": min(args.epochs * per_epoch, args.max_steps or math.inf),
@@ -698,7 +705,7 @@ def load_state(args, out, settings):
 
 
 def run(args, examples, class_names, start, seed, out, device):
-    """One whole run: split, read, train, test, save -> what `print_report` takes."""
+    """One whole run: split, read, train, test, save -> the test figures for `print_report`."""
     chosen = examples if args.no_balance else create_balanced_dataset(examples, seed)
     parts = dict(zip(("train", "validation", "test"), random_split(chosen, seed=seed)))
     model, tokenizer, _ = load_checkpoint(start, device)
@@ -715,16 +722,7 @@ def run(args, examples, class_names, start, seed, out, device):
 
     data = {part: SpamDataset(texts, tokenizer, model.cfg["context_length"], class_names)
             for part, texts in parts.items()}
-    seen = {text for _, text in parts["train"]}
-    print(f"split    {len(data['train']):,} texts to train, {len(data['validation']):,} to "
-          f"validate, {len(data['test']):,} to test\n         "
-          f"{sum(text in seen for _, text in parts['test'])} of the test texts are also training "
-          f"texts, word for word; {sum(part.num_cut for part in data.values())} of all are cut to "
-          f"{model.cfg['context_length']} tokens\nmodel    {start}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"of which {sum(p.numel() for p in trained_parameters(model).values()):,} learn "
-          f"({args.train})\nrun      {settings['total_steps']} steps of {args.batch_size} x "
-          f"{args.grad_accum} texts, {device}, {settings_to_save(settings)['dtype']}, seed {seed}"
-          + (f", from step {state['step']}" if state else ""), flush=True)
+    describe(args, start, parts, data, model, settings, device, state)
     ids = [row for part in data.values() for row in part.ids]
     rows = keep_frozen(model, ids, settings, device, args.keep_limit) if depth else ids
     rows = iter(rows)
@@ -744,6 +742,24 @@ def run(args, examples, class_names, start, seed, out, device):
           f"({best['val_accuracy']:.1%}); {out.with_suffix('.csv').name}")
     print_report(class_names, test)
     return test
+
+
+def describe(args, start, parts, data, model, settings, device, state):
+    """Say what is about to run, before it takes its time."""
+    train, validation, test = (len(texts) for texts in parts.values())
+    seen = {text for _, text in parts["train"]}
+    twice = sum(text in seen for _, text in parts["test"])
+    num_cut = sum(dataset.num_cut for dataset in data.values())
+    learn = sum(p.numel() for p in trained_parameters(model).values())
+    print(f"split    {train:,} texts to train, {validation:,} to validate, {test:,} to test; "
+          f"{twice} of the test texts\n         are training texts too, word for word; {num_cut} "
+          f"of all are cut to {model.cfg['context_length']} tokens\n"
+          f"model    {start}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{learn:,} of them learn ({args.train})\n"
+          f"run      {settings['total_steps']:,} steps of {args.batch_size} x {args.grad_accum} "
+          f"texts, learning rate {settings['lr']:.2g}, {device}, "
+          f"{settings_to_save(settings)['dtype']}, seed {settings['seed']}"
+          + (f", from step {state['step']:,}" if state else ""), flush=True)
 
 
 def keep_frozen(model, ids, settings, device, limit=None):
