@@ -20,6 +20,7 @@ import collections
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -63,42 +64,38 @@ PROMPT_STYLES = {  # what stands before a record's instruction, its input and it
 # Records, and the prompts made of them.
 
 def read_records(path):
-    """A JSON list, or a .jsonl file with one record per line -> a list of checked records.
+    """A JSON list, or a .jsonl file with a record per line -> records as `check_record` makes them.
 
     Raises UserError with line and column of what does not parse, or the index of a wrong record.
     """
-    path = Path(path)
+    path, number = Path(path), 1
     text = "".join(read_text_pieces(path)).removeprefix("\ufeff")
     by_line = path.suffix.lower() in (".jsonl", ".ndjson")
-    records, number = [], 1
     try:
         if by_line:
+            records = []
             for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    records.append(json.loads(line))
+                records += [json.loads(line)] if line.strip() else []
         else:
             records = json.loads(text)
-    except json.JSONDecodeError as e:
-        hint = ("; a file with one record per line is named .jsonl"
-                if e.msg == "Extra data" and not by_line else "")
-        raise UserError(f"{path} is not JSON: line {number + e.lineno - 1}, column {e.colno}: "
-                        f"{e.msg}{hint}") from None
-    except (ValueError, RecursionError) as e:  # a number of 5,000 digits, brackets 10,000 deep
-        raise UserError(f"{path} is not JSON that can be read (line {number}: {e})") from None
-    if not isinstance(records, list):
-        raise UserError(f"{path} holds {type(records).__name__}, not a list of records; write "
+    except (ValueError, RecursionError) as e:  # also a number of 5,000 digits, brackets without end
+        column = f", column {e.colno}" if isinstance(e, json.JSONDecodeError) else ""
+        raise UserError(f"{path} is not JSON: line {number + getattr(e, 'lineno', 1) - 1}{column}: "
+                        f"{getattr(e, 'msg', e)}"
+                        + ("" if by_line else "; a file with one record per line is to end in "
+                           ".jsonl")) from None
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{path} holds {'an empty list' if records == [] else 'no list'}; write "
                         '[{"instruction": ..., "input": ..., "output": ...}, ...]')
-    if not records:
-        raise UserError(f"{path} has no records; add some")
     return [check_record(record, f"{path}: record {i} (the first is 0)")
             for i, record in enumerate(records)]
 
 
 def check_record(record, where):
-    """-> the record with its three texts, and whatever else it holds. Raises UserError.
+    """-> {"instruction", "input", "output"}, three texts. Raises UserError.
 
-    In the `messages` style the last message is the output, and what was said before it, a system
-    message for example, is the instruction.
+    In the `messages` style the last message is the output, and what was said before it, by a
+    system message for example, is the instruction.
     """
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object with instruction and output")
@@ -107,18 +104,18 @@ def check_record(record, where):
         if not (isinstance(messages, list) and len(messages) > 1
                 and all(isinstance(m, dict) and isinstance(m.get("content"), str)
                         for m in messages) and messages[-1].get("role") == "assistant"):
-            raise UserError(f"{where}: messages must be a list of {{role, content}} texts that "
-                            "ends with the assistant's")
+            raise UserError(f"{where}: messages must be a list of two or more, each with a role "
+                            "and a text as its content, the last one the assistant's")
         record = {"instruction": "\n\n".join(m["content"] for m in messages[:-1]),
-                  "output": messages[-1]["content"], **record}
-    if record.get("input") is None:
-        record = {**record, "input": ""}
-    for name in ("instruction", "input", "output"):
-        if name not in record:
+                  "output": messages[-1]["content"]}
+    texts = {"instruction": None, "input": "", "output": None}
+    for name in texts:
+        texts[name] = texts[name] if record.get(name) is None else record[name]
+        if texts[name] is None:
             raise UserError(f"{where} has no {name}")
-        if not isinstance(record[name], str):
-            raise UserError(f"{where}: its {name} is {json.dumps(record[name])[:40]}, not text")
-    return record
+        if not isinstance(texts[name], str):
+            raise UserError(f"{where}: its {name} is {json.dumps(texts[name])[:40]}, not text")
+    return texts
 
 
 def format_input(entry, style="alpaca"):
@@ -200,7 +197,7 @@ def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_
         # so an end of text inside a row is learned like any other token.
         targets[row, :length] = torch.tensor([*ids, pad_token_id][1:length + 1])
         if prompt_lengths is not None:
-            targets[row, :min(prompt_lengths[row], length) - 1] = ignore_index
+            targets[row, :max(0, min(prompt_lengths[row], length) - 1)] = ignore_index
     return inputs.to(device), targets.to(device)
 
 
@@ -231,14 +228,14 @@ def plan_epoch(epoch, lengths, settings):
 # ---------------------------------------------------------------------------------------------
 # The loss: on the answer alone, or on the whole text as in the book.
 
-def calc_losses(model, inputs, targets, dtype):
+def calc_losses(model, inputs, targets, dtype="float32"):
     """inputs, targets (B, T) -> (N,), the cross-entropy of each of the N targets in nats.
 
     The projection to the vocabulary is a third of GPT-2's work; it is done only where there is a
     target, which for an answer after its prompt is a quarter of the places.
     """
     is_target = targets != -100                                    # (B, T)
-    with autocast(inputs.device, dtype):
+    with autocast(inputs.device, getattr(torch, dtype)):
         hidden = model.hidden_states(inputs)                       # (B, T, C)
         logits = model.out_head(hidden[is_target])                 # (N, V)
     return F.cross_entropy(logits.float(), targets[is_target], reduction="none")
@@ -255,7 +252,7 @@ def accumulate_gradients(model, dataset, rows, settings, device):
     num_targets = sum(int((targets != -100).sum()) for _, targets in batches)
     step_loss = 0.0
     for inputs, targets in batches:
-        loss = calc_losses(model, inputs, targets, getattr(torch, settings["dtype"])).sum() / num_targets
+        loss = calc_losses(model, inputs, targets, settings["dtype"]).sum() / num_targets
         loss.backward()
         step_loss += loss.item()
     return step_loss
@@ -270,7 +267,7 @@ def record_losses(model, dataset, settings, device, mask_prompt):
     order = np.argsort([len(ids) for ids in dataset.encoded_texts], kind="stable")
     for rows in np.array_split(order, math.ceil(len(order) / settings["batch_size"])):
         inputs, targets = make_batch(dataset, rows, settings, device, mask_prompt)
-        losses = calc_losses(model, inputs, targets, getattr(torch, settings["dtype"])).double().cpu()
+        losses = calc_losses(model, inputs, targets, settings["dtype"]).double().cpu()
         counts = (targets != -100).sum(dim=1).tolist()
         for i, row in zip(rows, losses.split(counts)):
             result[i] = torch.tensor([row.sum(), len(row)])
@@ -385,54 +382,49 @@ def steps_per_epoch(num_records, settings):
 # ---------------------------------------------------------------------------------------------
 # Answers to the test records, many at once.
 
-def generate_responses(model, tokenizer, entries, style, max_new_tokens, batch_size, save):
-    """Give each entry without `model_response` one, greedily; `save()` is called now and then.
+def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens=256,
+                       batch_size=32, save=lambda: None):
+    """Give each entry without a `model_response` one, greedily; `save()` follows each round.
 
-    Rounds of 64 tokens: the texts nearest in length make a batch, those that end in it leave, the
-    others wait for the next. So little is padded, and no answer waits for the longest. An answer
-    ends at the end of text, after `max_new_tokens` or where the context does (a prompt that fills
-    it gets none), and is the same as if its prompt had been alone.
+    A round adds up to 64 tokens to the shortest texts; those that end leave, the others wait for a
+    later round. So little is padded, and nobody waits for the longest. An answer ends with the end
+    of text, after `max_new_tokens` or where the context does (a prompt that fills the context gets
+    an empty one), and is the same as if its prompt had been alone.
     """
-    context, device, end = model.cfg["context_length"], model.tok_emb.weight.device, tokenizer.eot_token
-    prompts = {i: encode_prompt(entry, tokenizer, style) for i, entry in enumerate(entries)
-               if "model_response" not in entry}
-    room = {i: max(0, min(max_new_tokens, context - len(ids))) for i, ids in prompts.items()}
-    answers, waiting, progress = {i: [] for i in prompts}, list(prompts), Progress(len(prompts), "answers")
-    while waiting:
-        waiting.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
-        numbers = [i for i in waiting if room[i]][:batch_size]
-        if numbers:
-            texts = [prompts[i] + answers[i] for i in numbers]
-            idx, _ = custom_collate_fn(texts, end, device=device)
-            new = generate(model, idx, min(64, *(room[i] - len(answers[i]) for i in numbers)), context,
-                           eos_id=end, lengths=torch.tensor(list(map(len, texts)), device=device))
-            for i, row in zip(numbers, new[:, idx.shape[1]:].tolist()):
-                answers[i] += row
-        for i in list(waiting):
-            if end in answers[i] or len(answers[i]) == room[i]:
-                ids = answers[i][:answers[i].index(end)] if end in answers[i] else answers[i]
-                entries[i]["model_response"] = tokenizer.decode(ids).strip()
-                waiting.remove(i)
+    context, end = model.cfg["context_length"], tokenizer.eot_token
+    device = model.tok_emb.weight.device
+    texts = {i: encode_prompt(entry, tokenizer, style) for i, entry in enumerate(entries)
+             if "model_response" not in entry}                        # prompt and answer so far
+    starts = {i: len(ids) for i, ids in texts.items()}
+    limits = {i: max(start, min(start + max_new_tokens, context)) for i, start in starts.items()}
+    progress = Progress(len(texts), "answers")
+    while texts:
+        batch = sorted(texts, key=lambda i: len(texts[i]))[:batch_size]
+        lengths = [len(texts[i]) for i in batch]
+        idx, _ = custom_collate_fn([texts[i] for i in batch], end, device=device)
+        steps = min([64] + [limits[i] - len(texts[i]) for i in batch])
+        out = generate(model, idx, steps, context, eos_id=end,
+                       lengths=torch.tensor(lengths, device=device))
+        for i, new in zip(batch, out[:, idx.shape[1]:].tolist()):
+            texts[i] = texts[i] + list(itertools.takewhile(lambda token: token != end, new))
+            if end in new or len(texts[i]) == limits[i]:
+                entries[i]["model_response"] = tokenizer.decode(texts.pop(i)[starts[i]:]).strip()
         save()
-        progress.update(len(prompts) - len(waiting), f"{len(prompts) - len(waiting)} answers")
+        progress.update(len(starts) - len(texts), f"{len(starts) - len(texts)} answers")
     progress.close()
 
 
 def take_old_responses(path, checkpoint, entries):
     """Take over the answers, and the judge's scores, that this very checkpoint got before.
 
-    They are newer than the checkpoint and beside the same records.
+    They are newer than it and stand beside the same records.
     """
-    try:
-        if path.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
-            return
-        old = json.loads(path.read_text(encoding="utf-8"))
-        for entry, before in zip(entries, old):
-            if all(before[name] == entry[name] for name in ("instruction", "input", "output")):
-                entry.update({name: before[name] for name in ("model_response", "judge")
-                              if name in before})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # not there, or not ours
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        if path.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns:
+            for entry, old in zip(entries, json.loads(path.read_text(encoding="utf-8"))):
+                if entry.items() <= old.items():
+                    entry.update({name: old[name] for name in ("model_response", "judge")
+                                  if name in old})
 
 
 def write_json(path, value):
@@ -485,6 +477,8 @@ def score_responses(model, test_set, entries, settings, device):
 
 def explain_failure(error, url, timeout):
     """What requests raised -> UserError."""
+    if isinstance(error, ValueError):
+        return UserError(f"{url} is not an address; give one as in --judge-url {OLLAMA}")
     if "timed out" in str(error):
         return UserError(f"the judge at {url} sent nothing for {timeout} s; see what its server "
                          "does, then repeat the command with --resume")
@@ -499,7 +493,7 @@ def find_judge(model, url=OLLAMA, timeout=30):
     url = url.removesuffix("chat") + "tags"
     try:
         with requests.get(url, timeout=timeout) as response:
-            names = [entry["name"] for entry in json.loads(response.content)["models"]]
+            names = [str(entry["name"]) for entry in json.loads(response.content)["models"]]
     except requests.exceptions.RequestException as e:
         raise explain_failure(e, url, timeout) from None
     except (ValueError, KeyError, TypeError):
@@ -615,7 +609,7 @@ def chat(model, tokenizer, style, args):
             return
         if text == "/reset":
             turns = []
-        elif text.startswith("/"):
+        elif text.startswith("/") and " " not in text:
             print("there are /reset and /exit")
         elif text:
             prompt = encode_prompt({"instruction": text}, tokenizer, style)
@@ -762,7 +756,7 @@ def answer_and_score(model, tokenizer, test, test_set, settings, args, device):
         write_json(path, test)
 
     generate_responses(model, tokenizer, test, settings["prompt_style"], args.max_new_tokens,
-                       32, save)
+                       save=save)
     scores = score_responses(model, test_set, test, settings, device)
     save()
     write_json(scores_path, scores)
