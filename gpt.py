@@ -133,6 +133,27 @@ class MultiHeadAttentionWrapper(nn.Module):
         return torch.cat([head(x) for head in self.heads], dim=-1)
 
 
+class Linear(nn.Linear):
+    """nn.Linear, fast also for a single row on a CPU, which is what generation multiplies.
+
+    torch computes one row on one core. Cut into blocks, one per thread, the matrix is read by all
+    cores at once, and reading it is what takes the time.
+    """
+
+    def forward(self, x):
+        if x.device.type == "cpu" and x.numel() == self.in_features and not x.requires_grad:
+            blocks = min(torch.get_num_threads(), self.out_features)
+            rows = self.out_features // blocks * blocks
+            column = x.reshape(1, -1, 1).expand(blocks, -1, 1)
+            weight = self.weight[:rows].view(blocks, -1, self.in_features)
+            y = torch.bmm(weight, column).view(rows)
+            if rows < self.out_features:  # what cannot be shared out evenly
+                y = torch.cat([y, self.weight[rows:] @ x.flatten()])
+            y = y if self.bias is None else y + self.bias
+            return y.view(*x.shape[:-1], self.out_features)
+        return super().forward(x)
+
+
 class MultiHeadAttention(nn.Module):
     """All heads in one matrix product each, with a fused softmax. (B, T, d_in) -> (B, T, d_out).
 
@@ -146,10 +167,10 @@ class MultiHeadAttention(nn.Module):
         if d_out % num_heads:
             raise ValueError(f"d_out {d_out} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
-        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.out_proj = nn.Linear(d_out, d_out)  # lets the heads' results mix
+        self.W_query = Linear(d_in, d_out, bias=qkv_bias)
+        self.W_key = Linear(d_in, d_out, bias=qkv_bias)
+        self.W_value = Linear(d_in, d_out, bias=qkv_bias)
+        self.out_proj = Linear(d_out, d_out)  # lets the heads' results mix
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, cache=None, layer=0):
@@ -205,9 +226,9 @@ class FeedForward(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(cfg["emb_dim"], 4 * cfg["emb_dim"]),
+            Linear(cfg["emb_dim"], 4 * cfg["emb_dim"]),
             GELU(),
-            nn.Linear(4 * cfg["emb_dim"], cfg["emb_dim"]),
+            Linear(4 * cfg["emb_dim"], cfg["emb_dim"]),
         )
 
     def forward(self, x):
@@ -255,7 +276,7 @@ class GPTModel(nn.Module):
         self.drop_emb = nn.Dropout(cfg["drop_rate"])
         self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
         self.final_norm = LayerNorm(cfg["emb_dim"])
-        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+        self.out_head = Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
         self.tie_weights()
 
     def tie_weights(self):
