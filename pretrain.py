@@ -14,9 +14,11 @@ the training loop that runs -> main. Shapes as in gpt.py: B rows, T tokens, V vo
 """
 
 import contextlib
+import copy
 import hashlib
 import math
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -520,6 +522,80 @@ def print_evaluation(model, tokenizer, settings, device, row):
 
 
 # ---------------------------------------------------------------------------------------------
+# python pretrain.py --benchmark
+
+def seconds(function, device, repeats):
+    """The time one call takes, the best of `repeats` after a first one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def benchmark(args, preset, device):
+    """Print tokens/s in training and generation, and what the machine could do at best.
+
+    A token costs 6 operations per weight of a matrix (2 forward, 4 backward) and 12 n_layers T C
+    for attention (Chowdhery et al. 2022, appendix B). Generating one reads every weight once.
+    """
+    torch.manual_seed(args.seed)
+    tokenizer = args.tokenizer or preset["tokenizer"]
+    model = make_model(args, preset, 50257 if tokenizer == "gpt2" else
+                       load_tokenizer(tokenizer).n_vocab).to(device)
+    cfg, T = model.cfg, model.cfg["context_length"]
+    num_matrix = sum(p.numel() for name, p in model.named_parameters()
+                     if p.ndim == 2 and "emb" not in name)
+    num_matrix += cfg["vocab_size"] * cfg["emb_dim"] * bool(cfg.get("tie_embeddings"))
+    rows = TokenRows(np.random.default_rng(0).integers(0, cfg["vocab_size"], 64 * T + 1), T)
+    buffer = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
+    bandwidth = buffer.numel() * 4 / seconds(buffer.sum, device, 5)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"{name}, torch {torch.__version__}, memory read at {bandwidth / 1e9:.0f} GB/s\n"
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, context {T}\n"
+          "dtype     batch  train tokens/s  of matmul peak  generate tokens/s  of bandwidth  GB")
+    for dtype in (torch.float32, torch.bfloat16):
+        settings = {**preset, "batch_size": args.batch_size or preset["batch_size"],
+                    "dtype": dtype, "lr": 1e-4}
+        optimizers = make_optimizers(model, settings)
+        trained = torch.compile(model) if args.compile else model
+
+        def step():
+            accumulate_gradients(trained, rows, np.arange(settings["batch_size"]), settings, device)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        n = 1024 if device.type == "cpu" else 8192
+        a = torch.ones(n, n, device=device, dtype=dtype)
+        peak = 2 * n**3 / seconds(lambda: a @ a, device, 5)
+        train = settings["batch_size"] * T / seconds(step, device, 3)
+        used = train * (6 * num_matrix + 12 * cfg["n_layers"] * T * cfg["emb_dim"]) / peak
+        writer = copy.deepcopy(model).to(dtype)
+        idx, new = torch.zeros(1, 8, dtype=torch.long, device=device), min(64, T - 8)
+        tokens = new / seconds(lambda: generate(writer, idx, new, T), device, 1)
+        read = tokens * sum(p.numel() * p.element_size() for p in writer.parameters()) / bandwidth
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+        print(f"{plain(settings)['dtype']:8s} {settings['batch_size']:6d} {train:15,.0f} "
+              f"{100 * used:13.0f} % {tokens:18,.1f} {100 * read:11.0f} % {memory / 1e9:3.1f}",
+              flush=True)
+
+
+def peak_memory():
+    """The most memory in bytes that this process has held; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---------------------------------------------------------------------------------------------
 # python pretrain.py
 
 def join_processes(device):
@@ -555,6 +631,7 @@ def parse_arguments(argv):
         arg("--" + name.replace("_", "-"), type=positive_int, help=f"{name} of the model")
     arg("--val-share", type=float, default=0.1, help="last part of the tokens, held out")
     arg("--compile", action="store_true", help="let torch.compile rewrite the model first")
+    arg("--benchmark", action="store_true", help="no training: how fast this machine is, as a table")
     arg("--eval-batches", type=positive_int, help="batches in an evaluation, not all of them")
     add_training_arguments(parser, "checkpoints/pretrained.pt", None, None, None, None, None)
     args = parser.parse_args(argv)
@@ -566,23 +643,19 @@ def parse_arguments(argv):
     return args
 
 
-def make_model(args, preset):
-    """-> (model, tokenizer), fresh or from --init."""
-    if args.init:
-        model, tokenizer, _ = load_checkpoint(args.init)
-        return model, tokenizer
-    tokenizer = load_tokenizer(args.tokenizer or preset["tokenizer"])
-    cfg = {**preset["config"], **GPT2_SIZES.get(args.size, {}), "vocab_size": tokenizer.n_vocab}
+def make_model(args, preset, vocab_size):
+    """A fresh model of the preset, changed by the command line's sizes."""
+    cfg = {**preset["config"], **GPT2_SIZES.get(args.size, {}), "vocab_size": vocab_size}
     cfg.update({name: getattr(args, name) for name in cfg if getattr(args, name, None)})
     if cfg["emb_dim"] % cfg["n_heads"]:
         raise UserError(f"emb_dim {cfg['emb_dim']} cannot be shared out among {cfg['n_heads']} "
                         "heads; change --emb-dim or --n-heads")
     model = GPTModel(cfg)
-    if preset["init"] != "torch":
+    if preset["init"] != "torch":  # narrower models than GPT-2 want larger numbers
         init_gpt2_weights(model, std=0.04 if preset["init"] == "sines" else 0.02)
-    if preset["init"] == "sines":  # 0.04 because a narrower model needs larger numbers
+    if preset["init"] == "sines":
         init_sine_positions(model)
-    return model, tokenizer
+    return model
 
 
 def make_settings(args, preset, train_rows):
@@ -619,15 +692,20 @@ def main(argv=None):
     args = parse_arguments(argv)
     preset = PRESETS[args.preset]
     device = join_processes(args.device)
+    torch.set_float32_matmul_precision("high")  # on a GPU, TF32 for what stays float32
+    if args.benchmark:
+        return benchmark(args, preset, device)
     check_output(args.out)
     documents_name, documents, stamp = find_documents(args.preset, args.data)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # on a GPU, TF32 for what stays float32
     saved = None
     if args.resume and args.out.exists():
         model, tokenizer, saved = load_checkpoint(args.out)
+    elif args.init:
+        model, tokenizer, _ = load_checkpoint(args.init)
     else:
-        model, tokenizer = make_model(args, preset)
+        tokenizer = load_tokenizer(args.tokenizer or preset["tokenizer"])
+        model = make_model(args, preset, tokenizer.n_vocab)
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()  # the first process writes the tokens, the others wait, then read
     tokens = tokens_on_disk(documents, stamp, tokenizer)
