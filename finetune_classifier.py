@@ -827,7 +827,7 @@ def main(argv=None):
         accuracies.append(int(confusion.trace()) / int(confusion.sum()))
     if args.seeds > 1:
         print(f"\n{args.seeds} seeds: test accuracy {np.mean(accuracies):.1%} on average, standard "
-              f"deviation {np.std(accuracies, ddof=1):.1%}, from {min(accuracies):.1%} to "
+              f"deviation {100 * np.std(accuracies, ddof=1):.1f} points, from {min(accuracies):.1%} to "
               f"{max(accuracies):.1%}")
     print(f"\nNext: python finetune_classifier.py --out {args.out} --classify \"Call now!\"")
 
