@@ -287,9 +287,9 @@ def check_header(record):
 
 def read_place(name, record):
     """BundleEntryProto -> (dtype, shape, begin, end, checksum). Raises what damage makes it."""
-    # 1 is the dtype, 2 the shape (with a record per dimension), 4 the offset, 5 the size, 6 the
-    # checksum; an offset of zero is left out, as protocol buffers do.
-    [dtype], [begin], [size], [checksum] = record[1], record.get(4, [0]), record[5], record[6]
+    # 1 is the dtype, 2 the shape (with a record per dimension), 4 the offset (left out if zero), 5
+    # the size, 6 the checksum.
+    dtype, begin, size, checksum = (record.get(n, [0])[-1] for n in (1, 4, 5, 6))
     shape = [read_message(dim)[1][0] for dim in read_message(record[2][0]).get(2, [])]
     if not all(type(n) is int for n in (dtype, begin, size, checksum, *shape)):
         raise ValueError(f"the record of {name} is damaged")
