@@ -228,17 +228,48 @@ def plan_epoch(epoch, lengths, settings):
 # ---------------------------------------------------------------------------------------------
 # The loss: on the answer alone, or on the whole text as in the book.
 
+class SharedStart:
+    """Keys and values of the tokens that all rows begin with, in place of gpt.KVCache.
+
+    They are computed in one row, used by every row, and gradients flow back through them.
+    """
+
+    def __init__(self):
+        self.start, self.layers = 0, []
+
+    def extend(self, layer, keys, values):
+        """First keep (1, H, P, D); then put it before each row of (B, H, T, D), with the mask."""
+        if self.start == 0:
+            self.layers.append((keys, values))
+            return keys, values, None
+        keys, values = (torch.cat([first.expand(len(new), -1, -1, -1), new], dim=2)
+                        for first, new in zip(self.layers[layer], (keys, values)))
+        T = keys.shape[2]                                             # P + T
+        mask = torch.ones(T, T, dtype=torch.bool, device=keys.device).tril()
+        return keys, values, mask[self.start:]
+
+    def advance(self, num_tokens):
+        """Where the rows go on."""
+        self.start += num_tokens
+
+
 def calc_losses(model, inputs, targets, dtype="float32"):
     """inputs, targets (B, T) -> (N,), the cross-entropy of each of the N targets in nats.
 
-    The projection to the vocabulary is a third of GPT-2's work; it is done only where there is a
-    target, which for an answer after its prompt is a quarter of the places.
+    Two things are computed only where they are needed. The projection to the vocabulary, a third
+    of GPT-2's work: where there is a target. The text that all rows begin with, half of a prompt:
+    once, if none of its tokens is a target (with dropout, the rows share its noise too).
     """
-    is_target = targets != -100                                    # (B, T)
+    same = (inputs == inputs[0]) & (targets == -100)
+    P = int(same.all(dim=0).cumprod(dim=0).sum())                     # how long the rows agree
+    start = SharedStart()
     with autocast(inputs.device, getattr(torch, dtype)):
-        hidden = model.hidden_states(inputs)                       # (B, T, C)
-        logits = model.out_head(hidden[is_target])                 # (N, V)
-    return F.cross_entropy(logits.float(), targets[is_target], reduction="none")
+        if P:
+            model.hidden_states(inputs[:1, :P], start)
+        hidden = model.hidden_states(inputs[:, P:], start if P else None)   # (B, T - P, C)
+        is_target = targets[:, P:] != -100
+        logits = model.out_head(hidden[is_target])                    # (N, V)
+    return F.cross_entropy(logits.float(), targets[:, P:][is_target], reduction="none")
 
 
 def accumulate_gradients(model, dataset, rows, settings, device):
