@@ -235,7 +235,8 @@ class SharedStart:
     """
 
     def __init__(self):
-        self.start, self.layers = 0, []
+        self.start = self.longest = 0  # positions, as KVCache counts them
+        self.layers = []
 
     def extend(self, layer, keys, values):
         """First keep (1, H, P, D); then put it before each row of (B, H, T, D), with the mask."""
@@ -250,7 +251,7 @@ class SharedStart:
 
     def advance(self, num_tokens):
         """Where the rows go on."""
-        self.start += num_tokens
+        self.start = self.longest = self.start + num_tokens
 
 
 def calc_losses(model, inputs, targets, dtype="float32"):
