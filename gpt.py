@@ -56,6 +56,10 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 }
 
 
+class UserError(Exception):
+    """Something the user can mend: one sentence with what is wrong and what to type next."""
+
+
 # ---------------------------------------------------------------------------------------------
 # Attention, from one head to many. The first four classes are a ladder to read; the model uses
 # the last one, MultiHeadAttention.
@@ -155,11 +159,12 @@ class Linear(nn.Linear):
 
 
 class MultiHeadAttention(nn.Module):
-    """All heads in one matrix product each, with a fused softmax. (B, T, d_in) -> (B, T, d_out).
+    """All heads at once, with a fused softmax. (B, T, d_in) -> (B, T, d_out).
 
     `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention` without ever storing
-    the (T, T) weights (Dao et al. 2022, FlashAttention). Section 3.6. Raises ValueError when
-    d_out cannot be shared out evenly among the heads.
+    the (T, T) weights (Dao et al. 2022, FlashAttention), so there is no mask to keep and
+    `context_length` is here for the book's signature only. Section 3.6. `cache` is the KVCache of
+    the next part. Raises ValueError when d_out cannot be shared out evenly among the heads.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -287,11 +292,11 @@ class GPTModel(nn.Module):
     def hidden_states(self, in_idx, cache=None):
         """(B, T) token IDs -> (B, T, C), what out_head reads. `cache` holds the tokens before."""
         T = in_idx.shape[1]
-        start = 0 if cache is None else cache.start
-        if (start if isinstance(start, int) else cache.longest) + T > self.cfg["context_length"]:
+        start, longest = (0, 0) if cache is None else (cache.start, cache.longest)
+        if longest + T > self.cfg["context_length"]:
             raise ValueError(f"{T} tokens do not fit the model's context of "
                              f"{self.cfg['context_length']}; shorten the text")
-        positions = torch.arange(T, device=in_idx.device) + start      # (T,), or (B, 1) in a cache
+        positions = torch.arange(T, device=in_idx.device) + start  # (T,), or (B, 1)
         x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))       # (B, T, C)
         for layer, block in enumerate(self.trf_blocks):
             x = block(x, cache, layer)
@@ -408,7 +413,8 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
     """Yield the next tokens (B,) of each row as they come; arguments as in `generate`."""
     if idx.numel() == 0:
         raise ValueError("the prompt is empty; give at least one token, such as <|endoftext|>")
-    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < (top_p or 1) <= 1:
+    if (temperature < 0 or (top_k is not None and top_k < 1)
+            or (top_p is not None and not 0 < top_p <= 1)):
         raise ValueError("temperature must be 0 or more, top_k 1 or more, top_p within (0, 1]")
     B, T = idx.shape
     device = idx.device
@@ -423,7 +429,7 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
     model.eval()
     try:
         for longest in range(T, T + max_new_tokens):
-            if longest > context_size:  # the window slides, every position changes: read it anew
+            if longest > context_size:  # the window slides; no token keeps its position, or its key
                 first = (lengths - context_size).clamp(min=0)
                 window = first[:, None] + torch.arange(context_size, device=device)
                 hidden = model.hidden_states(text.gather(1, window))
@@ -466,7 +472,10 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
 # LoRA: leave a trained matrix as it is and learn a small correction. Hu et al. 2021; book E.
 
 class LoRALayer(nn.Module):
-    """x (..., in_dim) -> x A B * alpha / rank (..., out_dim); B starts at zero, so the sum does."""
+    """x (..., in_dim) -> x A B * alpha / rank (..., out_dim).
+
+    The matrix B starts at zero, and so does the correction.
+    """
 
     def __init__(self, in_dim, out_dim, rank, alpha):
         super().__init__()
@@ -519,7 +528,9 @@ def merge_lora(model):
 
 
 # ---------------------------------------------------------------------------------------------
-# Tokenizers. Whichever it is, tiktoken's encoder runs it.
+# Tokenizers. Whichever it is, tiktoken's encoder runs it. A vocabulary is a list of byte strings;
+# the place of one in it is its rank, which is both its token ID and its priority: when text is cut
+# into tokens, the merge that gives the lowest rank comes first (tokenizer.py shows how).
 
 GPT2_SPLIT_PATTERN = (  # how GPT-2 cuts text into chunks before it merges bytes: contractions,
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")  # words, ...
@@ -617,7 +628,7 @@ def load_tokenizer(spec):
         raise UserError(f"unknown tokenizer {str(spec)!r}; use gpt2, bytes, or the path of a file "
                         "made by: python tokenizer.py train")
     else:
-        name, (ranks, pattern, special) = Path(spec).stem, read_rank_file(spec)
+        name, (ranks, pattern, special) = Path(spec).stem + ".tiktoken", read_rank_file(spec)
     if "<|endoftext|>" not in special:
         raise UserError(f"the tokenizer {name!r} has no <|endoftext|>, which separates documents; "
                         "train it with that special token")
@@ -656,7 +667,7 @@ def write_atomically(path):
         if not isinstance(e, OSError):
             raise
         raise UserError(f"{path} could not be written ({e.strerror}); what was there is kept. "
-                        "Free some space or choose another place with --out") from None
+                        "Free some space or choose another place") from None
 
 
 def save_checkpoint(path, model, tokenizer, **extras):
@@ -668,8 +679,8 @@ def save_checkpoint(path, model, tokenizer, **extras):
     # torch.compile keeps the real model inside its wrapper.
     model = getattr(model, "_orig_mod", model)
     kind = "classifier" if "class_names" in extras else "language model"
-    checkpoint = {"kind": kind, "config": model.cfg, "model": model.state_dict(),
-                  "tokenizer": tokenizer_spec(tokenizer), **extras}
+    checkpoint = {**extras, "kind": kind, "config": model.cfg, "model": model.state_dict(),
+                  "tokenizer": tokenizer_spec(tokenizer)}
     with write_atomically(path) as part:
         try:
             torch.save(checkpoint, part)
@@ -695,7 +706,7 @@ class _NoInit(torch.overrides.TorchFunctionMode):
 
 @contextlib.contextmanager
 def shapes_only():
-    """Modules made in this context have shapes but no numbers, and so take no memory and no time."""
+    """Modules made in this context have shapes but no numbers: they take no memory, no time."""
     with torch.device("meta"), _NoInit():
         yield
 
@@ -709,6 +720,7 @@ def allocate(module, device):
 def load_checkpoint(path, device="cpu", kind="language model"):
     """Read a checkpoint -> (model, tokenizer, everything else in a dictionary).
 
+    The model is in training mode, as torch makes them: call `model.eval()` before `model(ids)`.
     Raises UserError when the file is not there, cut short, not a checkpoint, of another `kind`
     ("language model" or "classifier"), or when weights and configuration do not match.
     """
@@ -719,8 +731,9 @@ def load_checkpoint(path, device="cpu", kind="language model"):
         raise UserError(f"there is no checkpoint {path}; {make}")
     try:
         # mmap: the file is read straight into the model, never held twice.
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found, cfg, weights = saved["kind"], saved["config"], saved["model"]
+        saved = torch.load(path, map_location="cpu", weights_only=True,
+                           mmap=os.name != "nt")  # Windows cannot replace a file that is mapped
+        found, cfg, weights, spec = (saved[key] for key in ("kind", "config", "model", "tokenizer"))
     except Exception:  # whatever a foreign or cut file makes torch.load raise
         raise UserError(f"{path} is not a checkpoint of this project, or was cut short; "
                         f"{make}") from None
@@ -743,7 +756,7 @@ def load_checkpoint(path, device="cpu", kind="language model"):
     allocate(model, device)
     model.tie_weights()
     model.load_state_dict(weights)
-    tokenizer = load_tokenizer(saved["tokenizer"])
+    tokenizer = load_tokenizer(spec)
     return model, tokenizer, {k: v for k, v in saved.items() if k not in ("model", "tokenizer")}
 
 
@@ -869,11 +882,8 @@ def announced_sha256(response):
 
 
 # ---------------------------------------------------------------------------------------------
-# What every script needs: the device, the options, errors in a sentence, progress, metrics.
-
-class UserError(Exception):
-    """Something the user can mend: one sentence with what is wrong and what to type next."""
-
+# What every script needs: the device, the options, errors in a sentence, progress, metrics. There
+# is nothing about language models from here to the walk.
 
 def pick_device(name="auto"):
     """`auto` (cuda if there, else cpu), `cpu`, `cuda`, `cuda:1` or `mps` -> torch.device."""
@@ -943,23 +953,33 @@ def positive_int(text):
 
 def positive_float(text):
     """An argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+    if non_negative_float(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return float(text)
 
 
 def non_negative_float(text):
     """An argparse type: a finite number from 0."""
-    return 0.0 if re.fullmatch(r"0*\.?0*", text) and "0" in text else positive_float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def seed_number(text):
+    """An argparse type: a whole number from 0 that every generator of random numbers takes."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at most 9 digits")
+    return int(text)
 
 
 def add_common_arguments(parser):
     """The options that mean the same in every script: --seed, --device, --dtype."""
-    parser.add_argument("--seed", type=int, default=123, help="the same seed, the same result")
+    parser.add_argument("--seed", type=seed_number, default=123,
+                        help="the same seed, the same result")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="number type of matrix products; auto takes the faster")
@@ -996,8 +1016,8 @@ def run_main(main):
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
-        status = (f"{Path(sys.argv[0]).name}: out of memory; use a smaller --batch-size (with "
-                  "--grad-accum) or a smaller model")
+        status = (f"{Path(sys.argv[0]).name}: out of memory; choose a smaller model or, where "
+                  "there is --batch-size, a smaller batch")
     sys.exit(status)
 
 
@@ -1104,7 +1124,7 @@ class Progress:
 class CtrlC:
     """`with CtrlC() as stop:` lets a loop finish its step after Ctrl-C: ask `stop.pressed`.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C, a second or more later, interrupts at once.
     """
 
     def __enter__(self):
@@ -1123,11 +1143,14 @@ class CtrlC:
 
 
 class Metrics:
-    """The numbers of a training run, a row per evaluation, in a CSV file beside the checkpoint."""
+    """The numbers of a training run, a row per evaluation, in a CSV file beside the checkpoint.
+
+    Losses are in nats (natural logarithms) per token.
+    """
 
     def __init__(self, out, resume_step=0):
         self.path, self.rows = Path(out).with_suffix(".csv"), []
-        if resume_step and self.path.exists():  # drop what lies behind the checkpoint
+        if resume_step and self.path.exists():  # keep the rows up to the checkpoint
             with open(self.path, newline="", encoding="utf-8") as file:
                 self.rows = [r for r in csv.DictReader(file) if int(r["step"]) <= resume_step]
 
@@ -1213,6 +1236,7 @@ def walk():
           "train it\n  (weights, gradients and AdamW's two averages)")
 
     ids = torch.tensor([[6109, 3626, 6100, 345]], device="meta")
+    positions = torch.arange(4, device="meta")
     att, steps = block.att, []
 
     def show(what, t, note):
@@ -1220,16 +1244,18 @@ def walk():
         return t
 
     show("token IDs", ids, "(B, T): 6109 3626 6100 345, 'Every effort moves you'")
-    x = show("tok_emb + pos_emb", model.tok_emb(ids) + model.pos_emb(ids), "(B, T, C)")
+    x = show("tok_emb + pos_emb", model.tok_emb(ids) + model.pos_emb(positions),
+             "(B, T, C)")
     y = show("norm1", block.norm1(x), "mean 0, variance 1 in each token")
     q = show("W_query, and W_key, W_value", att.W_query(y), "one query, key, value per token")
+    # Keys and values have the queries' shape, and a softmax changes none: q stands for all.
     q = show("split into heads", q.view(1, 4, att.num_heads, -1).transpose(1, 2), "(B, H, T, D)")
     w = show("queries x keys, softmax", q @ q.transpose(2, 3), "(B, H, T, T): who looks at whom")
     y = show("weights x values", w @ q, "(B, H, T, D): what they find there")
     y = show("join heads, out_proj", att.out_proj(y.transpose(1, 2).reshape(1, 4, -1)), "(B, T, C)")
     x = show("add to the shortcut", x + y, "what a token is + what it found")
     y = show("norm2, ff.layers[0], GELU", block.ff.layers[:2](block.norm2(x)), "(B, T, 4 C)")
-    x = show("ff.layers[2], add", x + block.ff.layers[2](y), f"that is one block; {L} follow")
+    x = show("ff.layers[2], add", x + block.ff.layers[2](y), f"that is one block; {L - 1} more")
     x = show("final_norm", model.final_norm(x), "(B, T, C)")
     show("out_head: logits", model.out_head(x), "(B, T, V): scores for every next token")
     print("\nOne short sentence on its way through, and the shape after each step\n"

@@ -10,11 +10,14 @@ Reads text, writes checkpoints/pretrained.pt (the newest state, for --resume and
 pretrained-best.pt (the lowest validation loss) and pretrained.csv (the metrics).
 
 Read it in order: presets -> the book's data loader and simple loop -> the tokens in a file ->
-the training loop that runs -> main. Shapes as in gpt.py: B rows, T tokens, V vocabulary.
+the training loop that runs -> benchmark -> main. Shapes as in gpt.py: B rows, T tokens, V
+vocabulary.
 """
 
 import contextlib
 import copy
+import datetime
+import functools
 import hashlib
 import math
 import os
@@ -43,32 +46,46 @@ SMALL = {"vocab_size": None, "context_length": 256, "emb_dim": 192, "n_heads": 3
 PRESETS = {
     # Every number here is a starting point to play with; most have a flag of the same name.
     "quick": {
-        "config": SMALL, "tokenizer": "bytes", "init": "sines", "optimizer": "muon",
-        "batch_size": 4, "grad_accum": 1, "epochs": None, "max_steps": 1000, "lr": 0.02,
-        "warmup_steps": 50, "final_lr": 0.0, "weight_decay": 0.1, "clip": 1.0,
-        "eval_every": 100, "prompt": "The import statement"},
+        "config": SMALL,
+        "tokenizer": "bytes",        # a token is a byte: nothing to download, nothing to train
+        "init_weights": "sines",     # GPT-2's initial values, and waves for the positions
+        "optimizer": "muon",         # see class Muon
+        "batch_size": 4,             # rows of context_length tokens in a batch
+        "grad_accum": 1,             # batches whose gradients are added up for one step
+        "epochs": None,              # passes over the text; None: as many as max_steps takes
+        "max_steps": 1000,           # optimizer steps
+        "lr": 0.02,                  # learning rate at its peak
+        "warmup_steps": 50,          # steps in which it rises from 0, at most a tenth of all
+        "final_lr_share": 0.0,       # what is left of it at the end; 1 keeps it constant
+        "weight_decay": 0.1,         # how strongly matrices are pulled to 0
+        "clip": 1.0,                 # a longer gradient is shortened to this; None: never
+        "eval_every": 200,           # steps from one evaluation, with its checkpoint, to the next
+        "prompt": "The import statement"},   # what each evaluation continues
     # The book's run, section 5.2: constant learning rate, torch's own initial values.
     "verdict": {
         "config": {**GPT_CONFIG_124M, "context_length": 256}, "tokenizer": "gpt2",
-        "init": "torch", "optimizer": "adamw, book",
+        "init_weights": "torch", "optimizer": "adamw, book",
         "batch_size": 2, "grad_accum": 1, "epochs": 10, "max_steps": None, "lr": 4e-4,
-        "warmup_steps": 0, "final_lr": 1.0, "weight_decay": 0.1, "clip": None,
-        "eval_every": 9, "prompt": "Every effort moves you"},
+        "warmup_steps": 0, "final_lr_share": 1.0, "weight_decay": 0.1, "clip": None,
+        "eval_every": 10, "prompt": "Every effort moves you"},
     # GPT-2's recipe (Radford et al. 2019; Brown et al. 2020, appendix B) for your own large text.
     "gpt2": {
         "config": {**GPT_CONFIG_124M, "drop_rate": 0.0, "tie_embeddings": True},
-        "tokenizer": "gpt2", "init": "gpt2", "optimizer": "adamw",
+        "tokenizer": "gpt2", "init_weights": "gpt2", "optimizer": "adamw",
         "batch_size": 8, "grad_accum": 8, "epochs": 1, "max_steps": None, "lr": 6e-4,
-        "warmup_steps": 200, "final_lr": 0.1, "weight_decay": 0.1, "clip": 1.0,
+        "warmup_steps": 200, "final_lr_share": 0.1, "weight_decay": 0.1, "clip": 1.0,
         "eval_every": 100, "prompt": "Every effort moves you"},
 }
+# With --init the weights are good already and want small steps.
+CONTINUE = {"optimizer": "adamw", "lr": 1e-4, "warmup_steps": 50, "clip": 1.0}
 VERDICT = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
            "01_main-chapter-code/the-verdict.txt")
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 
 
 # ---------------------------------------------------------------------------------------------
-# The book's way: a data set of (input, target) rows, a loss, the simplest loop that trains.
+# The book's way: a data set of (input, target) rows, a loss, the simplest loop that trains. It is
+# here to be read first; the run itself uses what comes after.
 
 class GPTDatasetV1(Dataset):
     """Text cut into rows of `max_length` tokens, a row every `stride`. Book section 2.6.
@@ -167,7 +184,7 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
 # The text as one long row of tokens in a file, so that its size does not matter.
 
 def find_documents(preset, data):
-    """-> (name, list of documents, stamp). A document is a function that yields pieces of text.
+    """-> (name, list of documents, stamp). A document is an iterable of pieces of text.
 
     `data` are files and folders (all files in them, sorted); without, the preset's own text. The
     stamp changes when the text does.
@@ -175,8 +192,8 @@ def find_documents(preset, data):
     if data:
         paths = []
         for path in data:
-            inside = sorted(p for p in path.rglob("*") if p.is_file()
-                            and not any(part.startswith(".") for part in p.parts))
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not any(
+                part.startswith(".") for part in p.relative_to(path).parts))     # not hidden
             if path.is_dir() and not inside:
                 raise UserError(f"the folder {path} has no files; put UTF-8 text in it")
             paths += inside if path.is_dir() else [path]
@@ -192,13 +209,13 @@ def find_documents(preset, data):
                             "name another text: --data FILE-OR-FOLDER") from None
         texts = [topics[name] for name in sorted(topics)]
         stamp = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-        return "Python's reference manual", [lambda t=t: iter([t]) for t in texts], stamp
+        return "Python's reference manual", [[t] for t in texts], stamp
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{missing[0]} is not there; check --data")
     stamp = repr([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
     name = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
-    return name, [lambda p=p: read_text_pieces(p) for p in paths], stamp
+    return name, [read_text_pieces(p) for p in paths], stamp
 
 
 def tokens_on_disk(documents, stamp, tokenizer):
@@ -215,7 +232,7 @@ def tokens_on_disk(documents, stamp, tokenizer):
         progress, done = Progress(None, "tokens"), 0
         with write_atomically(path) as part, open(part, "wb") as file:
             for document in documents:
-                for piece in document():
+                for piece in document:
                     ids = tokenizer.encode_to_numpy(piece, disallowed_special=()).astype(dtype)
                     ids.tofile(file)
                     done += len(ids)
@@ -226,10 +243,11 @@ def tokens_on_disk(documents, stamp, tokenizer):
 
 
 class TokenRows:
-    """A row of tokens cut into rows of T inputs and T targets.
+    """All tokens, cut into rows of T inputs and T targets.
 
     Every token but the first is a target exactly once: the last row begins earlier, to be full,
-    and what it repeats has the target -100, which the loss ignores.
+    and what it repeats has the target -100, which the loss ignores. Ten tokens and T = 4: the rows
+    begin at 0, 4 and 5, and three targets of the last one are -100.
     """
 
     def __init__(self, tokens, T):
@@ -355,22 +373,28 @@ def lr_factor(step, settings):
     share = (step - settings["warmup_steps"]) / max(
         1, settings["total_steps"] - settings["warmup_steps"])
     cosine = 0.5 * (1 + math.cos(math.pi * share))
-    return settings["final_lr"] + (1 - settings["final_lr"]) * cosine
+    return settings["final_lr_share"] + (1 - settings["final_lr_share"]) * cosine
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(seed, epoch, num_rows):
+    """The row numbers in a new order for each epoch, known from the seed."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 def rows_of_step(step, num_rows, settings):
-    """The row numbers of an optimizer step: each epoch is a new shuffle, known from the seed."""
+    """The row numbers of an optimizer step; the last one of an epoch may have fewer."""
     per_step = settings["batch_size"] * settings["grad_accum"]
     epoch, k = divmod(step, math.ceil(num_rows / per_step))
-    order = np.random.default_rng([settings["seed"], epoch]).permutation(num_rows)
-    return order[k * per_step:(k + 1) * per_step]
+    return epoch_order(settings["seed"], epoch, num_rows)[k * per_step:(k + 1) * per_step]
 
 
 def accumulate_gradients(model, train_rows, rows, settings, device, rank=0, world=1):
-    """Forward and backward over the rows of one step, a batch at a time; returns the summed loss.
+    """Forward and backward over the rows of one step, a batch at a time.
 
-    Each process takes its share of every batch. Dividing by the targets of the whole step makes
-    many small batches, or many processes, equal one large batch, whatever each of them holds.
+    Each process takes its share of every batch and returns its share of the mean loss. Dividing by
+    the targets of the whole step makes many small batches, or many processes, equal one large
+    batch, whatever each of them holds.
     """
     num_targets, step_loss = train_rows.count_targets(rows), 0.0
     batches = np.array_split(rows, math.ceil(len(rows) / settings["batch_size"]))
@@ -387,8 +411,8 @@ def accumulate_gradients(model, train_rows, rows, settings, device, rank=0, worl
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
                                    reduction="sum") / num_targets
             (loss * world).backward()  # DistributedDataParallel takes the mean over processes
-        step_loss += loss.item()
-    return step_loss
+        step_loss += loss.detach()
+    return float(step_loss)
 
 
 @torch.no_grad()
@@ -402,8 +426,8 @@ def evaluate_rows(model, rows, bytes_of, settings, device, rank=0, world=1):
     numbers = np.linspace(0, rows.num_rows - 1, int(count)).astype(int)[rank::world]
     sums = torch.zeros(3, dtype=torch.float64)                        # nats, tokens, bytes
     model.eval()
-    for part in np.array_split(numbers, math.ceil(len(numbers) / (4 * settings["batch_size"]))):
-        inputs, targets = rows.batch(part, device)
+    for start in range(0, len(numbers), settings["batch_size"]):
+        inputs, targets = rows.batch(numbers[start:start + settings["batch_size"]], device)
         with autocast(device, settings["dtype"]):
             logits = model(inputs)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
@@ -424,7 +448,7 @@ def bytes_per_token(tokenizer):
 
 def sum_over_processes(numbers, device):
     """A (N,) tensor -> the list of sums over all processes of torchrun."""
-    numbers = numbers.to(device=device, dtype=torch.float32 if str(device) == "mps" else None)
+    numbers = numbers.to(device=device, dtype=torch.float32 if device.type == "mps" else None)
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers.tolist()
@@ -440,9 +464,10 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizers = make_optimizers(model, settings)
     peak_lrs = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    step, best, loss_sum, loss_steps = 0, math.inf, 0.0, 0
+    step, tokens, best, loss_sum, loss_steps = 0, 0, math.inf, 0.0, 0
     if saved:
-        step, best, (loss_sum, loss_steps) = saved["step"], saved["best"], saved["losses"]
+        step, tokens, best = saved["step"], saved["tokens"], saved["best"]
+        loss_sum, loss_steps = saved["losses"]
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
     wrapped = torch.compile(model) if settings["compile"] else model
@@ -450,8 +475,8 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
         wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
     bytes_of = bytes_per_token(tokenizer)
     metrics = Metrics(out, step)
-    tokens_per_step = settings["batch_size"] * settings["grad_accum"] * train_rows.T
-    progress = Progress(settings["total_steps"] * tokens_per_step, "tokens")
+    per_epoch = math.ceil(train_rows.num_rows / settings["batch_size"] / settings["grad_accum"])
+    progress = Progress(settings["total_steps"] / per_epoch * train_rows.num_targets, "tokens")
     model.train()
     with CtrlC() as stop:
         while step < settings["total_steps"]:
@@ -471,15 +496,19 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            step, loss_sum, loss_steps = step + 1, loss_sum + loss, loss_steps + 1
-            progress.update(step * tokens_per_step, f"step {step} | loss {loss:.3f}")
+            step, tokens = step + 1, tokens + train_rows.count_targets(rows)
+            loss_sum, loss_steps = loss_sum + loss, loss_steps + 1
+            progress.update(tokens, f"step {step} | loss {loss:.3f}")
             evaluate = step % settings["eval_every"] == 0 or step == settings["total_steps"]
             if evaluate:
                 progress.close()
                 val_loss, bits = evaluate_rows(model, val_rows, bytes_of, settings, device,
                                                rank, world)
+                if not math.isfinite(val_loss):
+                    raise UserError(f"the validation loss is {val_loss} at step {step}; the last "
+                                    f"checkpoint is kept. Try a lower --lr than {settings['lr']:g}")
             if evaluate and rank == 0:
-                metrics.add(step=step, tokens=step * tokens_per_step,
+                metrics.add(step=step, tokens=tokens,
                             train_loss=round(loss_sum / loss_steps, 5),
                             val_loss=round(val_loss, 5), bits_per_byte=round(bits, 5))
                 print_evaluation(model, tokenizer, settings, device, metrics.rows[-1])
@@ -489,12 +518,12 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
                 if is_best and rank == 0:
                     save_checkpoint(best_path(out), model, tokenizer, step=step)
             if (evaluate or pressed) and rank == 0:
-                save_checkpoint(out, model, tokenizer, step=step, best=best,
+                save_checkpoint(out, model, tokenizer, step=step, tokens=tokens, best=best,
                                 losses=[loss_sum, loss_steps], settings=plain(settings),
                                 optimizers=[o.state_dict() for o in optimizers])
             if pressed:
                 progress.close()
-                print(f"stopped at step {step}, saved; go on with the same command and --resume")
+                print(f"step {step} is saved; go on with the same command and --resume")
                 raise KeyboardInterrupt
     if rank == 0:
         metrics.plot()
@@ -551,7 +580,7 @@ def benchmark(args, preset, device):
                      if p.ndim == 2 and "emb" not in name)
     num_matrix += cfg["vocab_size"] * cfg["emb_dim"] * bool(cfg.get("tie_embeddings"))
     rows = TokenRows(np.random.default_rng(0).integers(0, cfg["vocab_size"], 64 * T + 1), T)
-    buffer = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
+    buffer = torch.ones(2**25 if device.type == "cpu" else 2**28, device=device)
     bandwidth = buffer.numel() * 4 / seconds(buffer.sum, device, 5)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
@@ -598,6 +627,16 @@ def peak_memory():
 # ---------------------------------------------------------------------------------------------
 # python pretrain.py
 
+@contextlib.contextmanager
+def first_process_first():
+    """The first process does what is in the block, such as writing a file; then the others."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
+
+
 def join_processes(device):
     """Under torchrun join the other processes; return the torch.device of this one.
 
@@ -610,7 +649,8 @@ def join_processes(device):
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(days=1))  # a large text takes its time
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
@@ -629,9 +669,11 @@ def parse_arguments(argv):
     arg("--size", choices=list(GPT2_SIZES), help="width, depth and heads of a published GPT-2")
     for name in ("context_length", "emb_dim", "n_layers", "n_heads"):
         arg("--" + name.replace("_", "-"), type=positive_int, help=f"{name} of the model")
+    arg("--prompt", help="what each evaluation continues; default: the preset's, or with --data "
+        "the beginning of the held-out part")
     arg("--val-share", type=float, default=0.1, help="last part of the tokens, held out")
     arg("--compile", action="store_true", help="let torch.compile rewrite the model first")
-    arg("--benchmark", action="store_true", help="no training: how fast this machine is, as a table")
+    arg("--benchmark", action="store_true", help="no training, but a table of speeds")
     arg("--eval-batches", type=positive_int, help="batches in an evaluation, not all of them")
     add_training_arguments(parser, "checkpoints/pretrained.pt", None, None, None, None, None)
     args = parser.parse_args(argv)
@@ -651,9 +693,9 @@ def make_model(args, preset, vocab_size):
         raise UserError(f"emb_dim {cfg['emb_dim']} cannot be shared out among {cfg['n_heads']} "
                         "heads; change --emb-dim or --n-heads")
     model = GPTModel(cfg)
-    if preset["init"] != "torch":  # narrower models than GPT-2 want larger numbers
-        init_gpt2_weights(model, std=0.04 if preset["init"] == "sines" else 0.02)
-    if preset["init"] == "sines":
+    if preset["init_weights"] != "torch":  # narrower models than GPT-2 want larger numbers
+        init_gpt2_weights(model, std=0.04 if preset["init_weights"] == "sines" else 0.02)
+    if preset["init_weights"] == "sines":
         init_sine_positions(model)
     return model
 
@@ -661,30 +703,38 @@ def make_model(args, preset, vocab_size):
 def make_settings(args, preset, train_rows):
     """The preset with what the command line says, and the number of steps that follows."""
     settings = {name: value for name, value in preset.items() if name != "config"}
-    if args.epochs:
-        settings["max_steps"] = None  # whoever asks for epochs gets all of them
-    for name in ("batch_size", "grad_accum", "epochs", "max_steps", "lr", "eval_every"):
+    if args.init:
+        settings.update(CONTINUE)
+    if args.epochs or args.max_steps:  # whoever asks for one of them gets all of it
+        settings["epochs"] = settings["max_steps"] = None
+    for name in ("batch_size", "grad_accum", "epochs", "max_steps", "lr", "eval_every", "prompt"):
         settings[name] = getattr(args, name) or settings[name]
     settings.update(seed=args.seed, eval_batches=args.eval_batches, compile=args.compile)
     per_epoch = math.ceil(train_rows.num_rows / (settings["batch_size"] * settings["grad_accum"]))
     epochs = settings["epochs"] * per_epoch if settings["epochs"] else math.inf
     settings["total_steps"] = min(epochs, settings["max_steps"] or math.inf)
-    settings["data"] = hashlib.sha256(np.ascontiguousarray(
+    settings["warmup_steps"] = min(settings["warmup_steps"], settings["total_steps"] // 10)
+    settings["fingerprint"] = hashlib.sha256(np.ascontiguousarray(
         train_rows.tokens[::max(1, len(train_rows.tokens) // 10**6)]).tobytes()).hexdigest()
     return settings
 
 
-def check_resume(saved, settings, path):
+def check_resume(saved, settings, args):
     """Raise UserError when the run in the checkpoint is not the one the command line describes."""
-    before = saved.get("settings")
+    path, before, cfg = args.out, saved.get("settings"), saved["config"]
     if not before:
         raise UserError(f"{path} is not a run of pretrain.py that can go on; start from its "
                         f"weights with: --init {path}")
-    for name in ("data", "seed", "batch_size", "grad_accum", "optimizer", "total_steps", "lr"):
-        if before.get(name) != settings[name]:
-            raise UserError(f"{path} is a run with another --{name.replace('_', '-')} "
-                            f"({before.get(name)}, now {settings[name]}); repeat its command, or "
-                            f"start anew from its weights with: --init {path}")
+    names = {"fingerprint": "text", "total_steps": "--epochs or --max-steps"}
+    for name, now in settings.items():
+        if name in before and before[name] != now and name not in (
+                "epochs", "max_steps", "eval_every", "eval_batches", "prompt", "compile", "dtype"):
+            name = names.get(name, "--" + name.replace("_", "-"))
+            raise UserError(f"{path} is a run with another {name}; repeat its command, or start "
+                            f"anew from its weights with: --init {path}")
+    for name in ("context_length", "emb_dim", "n_layers", "n_heads"):
+        if getattr(args, name) not in (None, cfg[name]):
+            raise UserError(f"{path} is a run with {name} {cfg[name]}; repeat its command")
 
 
 def main(argv=None):
@@ -695,28 +745,30 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # on a GPU, TF32 for what stays float32
     if args.benchmark:
         return benchmark(args, preset, device)
-    check_output(args.out)
-    documents_name, documents, stamp = find_documents(args.preset, args.data)
     torch.manual_seed(args.seed)
     saved = None
-    if args.resume and args.out.exists():
-        model, tokenizer, saved = load_checkpoint(args.out)
-    elif args.init:
-        model, tokenizer, _ = load_checkpoint(args.init)
-    else:
-        tokenizer = load_tokenizer(args.tokenizer or preset["tokenizer"])
-        model = make_model(args, preset, tokenizer.n_vocab)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()  # the first process writes the tokens, the others wait, then read
-    tokens = tokens_on_disk(documents, stamp, tokenizer)
-    if dist.is_initialized() and dist.get_rank() == 0:
-        dist.barrier()
+    with first_process_first():
+        check_output(args.out)
+        documents_name, documents, stamp = find_documents(args.preset, args.data)
+        if args.resume and args.out.exists():
+            model, tokenizer, saved = load_checkpoint(args.out)
+        elif args.init:
+            model, tokenizer, _ = load_checkpoint(args.init)
+        else:
+            tokenizer = load_tokenizer(args.tokenizer or preset["tokenizer"])
+            model = make_model(args, preset, tokenizer.n_vocab)
+        tokens = tokens_on_disk(documents, stamp, tokenizer)
     train_rows, val_rows = split_tokens(tokens, model.cfg["context_length"], args.val_share,
                                         documents_name)
     settings = make_settings(args, preset, train_rows)
+    if args.data and not args.prompt:
+        settings["prompt"] = tokenizer.decode(val_rows.tokens[:30].tolist())[:30]
     settings["dtype"] = pick_dtype(args.dtype, device)
+    [slow] = sum_over_processes(torch.tensor([settings["dtype"] == torch.float32]).float(), device)
+    if slow:  # processes that measured differently must agree
+        settings["dtype"] = torch.float32
     if saved:
-        check_resume(saved, settings, args.out)
+        check_resume(saved, settings, args)
         # The choice of `auto` depends on a measurement; a resumed run keeps it.
         if args.dtype == "auto":
             settings["dtype"] = getattr(torch, saved["settings"]["dtype"])
