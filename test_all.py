@@ -5,18 +5,32 @@ GPT-2's vocabulary) is skipped with a reason where the file is missing. Each tes
 something independent of our code: arithmetic written out, tiktoken, the numbers the book prints.
 """
 
+import base64
 import contextlib
 import copy
+import csv
+import functools
+import hashlib
+import http.server
 import io
 import json
 import math
 import os
+import random
+import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import unicodedata
 import unittest
+import zipfile
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -28,8 +42,12 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
+import finetune_classifier as clf
+import finetune_instruct as instruct
 import gpt
+import load_gpt2
 import pretrain
+import tokenizer as tok
 from gpt import GPT_CONFIG_124M, GPTModel, UserError, generate, generate_text_simple
 
 TINY = {"vocab_size": 257, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2,
@@ -873,14 +891,1863 @@ class TestPretrainCommand(InFolder):
         self.assertIn("https://raw.githubusercontent.com", err)
 
 
+# ---------------------------------------------------------------------------------------------
+# tokenizer.py: words and byte pairs
+
+HOSTILE = [
+    "", " ", "  ", "\n", " \n\n \t x  ", "a\r\nb\rc\x0bd\x0ce", "\x00\x01\x1b[31m\x1c\x1d\x1e\x1f\x7f\x85",
+    "a\x1cb !\x1c x", "tab\tand\u00a0nbsp\u2003em\u2028ls\u2029ps\u3000wide\u200bzero\ufeffbom",
+    "".join(map(chr, [9, 10, 11, 12, 13, 32, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028,
+                      0x2029, 0x202f, 0x205f, 0x3000])), "x" + " " * 1000 + "y", "\n" * 300,
+    "e\u0301 n\u0303 \u0301\u0301\u0301 Z\u0351\u036b\u0343a\u0321\u034al\u0310", "\u0928\u092e\u0938\u094d\u0924\u0947",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd \u2764\ufe0f",
+    "0123 \u0660\u0661\u0662 \u0967\u0968 \uff11\uff12 \u00bd\u00b2 \u2167 \U0001d7d8 3.14 1,000",
+    "I'm you're he's we've I'd they'll can't 'tis I'M YOU'RE HE'S WE'VE I'D THEY'LL CAN'T",
+    "it's' 's's ''s 'll'l 'v've o'clock rock'n'roll \u2019s it\u2019s", "<|endoftext|>", "<|unk|> <|endoftext|",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u4f60\u597d\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+    "\uffff\U0010ffff\ufdd0 \ue000", "--- ... !!! ?!?! ((())) $$$ a_b_c C++ x==y //", "i\u0307 \u0130 \u01c5 \ufb01 \u00df \u1e9e",
+]
+
+
+def fuzz(seed, strings, length):
+    """Strings with a fixed seed, of words, marks, white space and characters from everywhere."""
+    r = random.Random(seed)
+    parts = ["the", " quick", "'s", "'LL", "'", " ", "  ", "\n", "\t", "\u00a0", "\u3000", "1", "٣", "\u0301",
+             "\u200d", "👍", "é", "ß", "<|endoftext|>", "_", "--", "中文", "\x1c", "\x85"]
+    return ["".join(r.choice(parts) if r.random() < 0.8 else
+                    chr(r.choice([r.randrange(0xd800), r.randrange(0xe000, 0x110000)]))
+                    for _ in range(r.randrange(length))) for _ in range(strings)]
+
+
+class TestWords(unittest.TestCase):
+
+    @needs("the-verdict.txt")
+    def test_ids_are_the_books(self):
+        vocab = tok.build_vocab((ROOT / "data/the-verdict.txt").read_text(encoding="utf-8"))
+        self.assertEqual(len(vocab), 1132)
+        v1, v2 = tok.SimpleTokenizerV1(vocab), tok.SimpleTokenizerV2(vocab)
+        ids = v1.encode('"It\'s the last he painted, you know," Mrs. Gisburn said with pardonable pride.')
+        self.assertEqual(ids, [1, 56, 2, 850, 988, 602, 533, 746, 5, 1126, 596, 5, 1, 67, 7, 38, 851,
+                               1108, 754, 793, 7])
+        text = "Hello, do you like tea? <|endoftext|> In the sunlit terraces of the palace."
+        ids = v2.encode(text)
+        self.assertEqual(ids, [1131, 5, 355, 1126, 628, 975, 10, 1130, 55, 988, 956, 984, 722, 988,
+                               1131, 7])
+        self.assertEqual(v2.decode(ids), "<|unk|>, do you like tea? <|endoftext|> In the sunlit "
+                                         "terraces of the <|unk|>.")
+
+    def test_unknown_word_and_id(self):
+        v1 = tok.SimpleTokenizerV1(tok.build_vocab("a cat, a dog."))
+        self.assertEqual(v1.decode(v1.encode("a dog , a cat .")), "a dog, a cat.")
+        with self.assertRaisesRegex(KeyError, "mouse"):
+            v1.encode("a mouse")
+        with self.assertRaisesRegex(ValueError, "99"):
+            v1.decode([99])
+
+
+class TestBPETraining(unittest.TestCase):
+
+    def test_wikipedias_example(self):
+        # aaabdaaabac -> ZabdZabac (Z = aa) -> ZYdZYac (Y = ab) -> XdXac (X = ZY)
+        ids, pairs = list(b"aaabdaaabac"), []
+        for new_id in (256, 257, 258):
+            pair, count, ids = tok.merge_once(ids, new_id)
+            pairs.append((pair, count))
+        self.assertEqual(pairs, [((97, 97), 4), ((97, 98), 2), ((256, 257), 2)])
+        self.assertEqual(ids, [258, 100, 258, 97, 99])
+        self.assertEqual(list(islice(tok.learn_merges({b"aaabdaaabac": 1}), 3)),
+                         [(b"a", b"a", 4), (b"a", b"b", 2), (b"aa", b"ab", 2)])
+        t = tok.BPETokenizer()
+        t.train("aaabdaaabac", 260)
+        self.assertEqual(t.encode("aaabdaaabac"), [258, 100, 258, 97, 99])
+
+    def test_fast_trainer_does_what_the_definition_says(self):
+        r = random.Random(0)
+        for _ in range(200):
+            chunks = {bytes(r.choices(b"abc", k=r.choice([1, 3, 8, 30]))): r.randint(1, 9)
+                      for _ in range(8)}
+            self.assertEqual(list(tok.learn_merges(chunks)), self.by_definition(chunks))
+
+    def by_definition(self, chunks):
+        rows = [([bytes([b]) for b in chunk], n) for chunk, n in chunks.items()]
+        ids, merges = {bytes([b]): b for b in range(256)}, []
+        while True:
+            counts = Counter()
+            for row, n in rows:
+                for pair in zip(row, row[1:]):
+                    counts[pair] += n
+            if not counts:
+                return merges
+            pair = min(counts, key=lambda p: (-counts[p], ids[p[0]], ids[p[1]]))
+            joined = pair[0] + pair[1]
+            if joined not in ids:
+                ids[joined] = len(ids)
+                merges.append((*pair, counts[pair]))
+            for k, (row, n) in enumerate(rows):
+                merged = []
+                for token in row:  # `done` marks a token that came out of this merge
+                    if merged and (merged[-1], token) == ((pair[0], False), pair[1]):
+                        merged[-1] = (joined, True)
+                    else:
+                        merged.append((token, False))
+                rows[k] = ([token for token, _ in merged], n)
+
+    def test_str_pieces_and_tokens_do_not_differ(self):
+        text = "the cat sat on the mat; the cat ate the rat. " * 20  # 45 characters
+        whole, pieces = tok.BPETokenizer(), tok.BPETokenizer()
+        whole.train(text, 270)
+        pieces.train((text[i:i + 45] for i in range(0, len(text), 45)), 270)
+        self.assertEqual(whole.ranks, pieces.ranks)
+        self.assertEqual((whole.n_vocab, whole.special_tokens), (270, {"<|endoftext|>": 269}))
+
+    def test_special_tokens_are_not_learned_as_text(self):
+        t = tok.BPETokenizer()
+        t.train("<|endoftext|>ab ab<|endoftext|>ab ab" * 9, 259, ["<|endoftext|>", "<|x|>"])
+        self.assertEqual(list(t.ranks)[256:], [b"ab"])
+        self.assertEqual(t.special_tokens, {"<|endoftext|>": 257, "<|x|>": 258})
+        self.assertEqual(t.encode("<|x|>ab", allowed_special="all"), [258, 256])
+
+    def test_too_small_a_vocabulary_or_text(self):
+        t = tok.BPETokenizer()
+        with self.assertRaisesRegex(gpt.UserError, "at least 257"):
+            t.train("text", 256)
+        t.train("text", 257)
+        self.assertEqual(t.encode("te"), [116, 101])
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            t.train("aaaa", 5000)  # aa, aaaa
+        self.assertIn("there were 2,", err.getvalue())
+        self.assertEqual((t.n_vocab, t.encode("aaaa")), (259, [257]))
+        for bad in ("<|endoftext|>", ["a", "a"], [""]):
+            with self.assertRaises(gpt.UserError):
+                t.train("text", 300, special_tokens=bad)
+
+    def test_one_huge_chunk_takes_linear_time(self):
+        r = random.Random(0)
+
+        def seconds(chunk):
+            t, start = tok.BPETokenizer(), time.process_time()
+            t.train(chunk, 1000)
+            self.assertEqual(t.decode(t.encode(chunk)), chunk)
+            return time.process_time() - start
+
+        with contextlib.redirect_stderr(io.StringIO()):
+            for make in (lambda n: "a" * n, lambda n: "".join(r.choices("abcdefgh", k=n))):
+                seconds(make(1000))
+                # 8 times the length: 8 times the time if linear, 64 if quadratic
+                self.assertLess(seconds(make(160_000)), 25 * seconds(make(20_000)))
+
+
+class TestBPETokenizer(unittest.TestCase):
+
+    def setUp(self):
+        self.dir = Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    @classmethod
+    def setUpClass(cls):
+        os.chdir(ROOT)
+        if (ROOT / "data/vocab.bpe").exists() and (ROOT / "data/encoder.json").exists():
+            cls.ours, cls.theirs = tok.BPETokenizer.from_gpt2(), gpt.load_tokenizer("gpt2")
+
+    def same(self, text):
+        ids = self.ours.encode(text)
+        if ids != self.theirs.encode_ordinary(text) or self.ours.decode(ids) != text:
+            self.fail(f"not as tiktoken, or no round trip: {text[:200]!r}")
+
+    @needs("vocab.bpe", "encoder.json")
+    def test_gpt2_is_tiktokens_on_hostile_strings(self):
+        self.assertEqual(self.ours.n_vocab, self.theirs.n_vocab)
+        for text in HOSTILE + fuzz(seed=1, strings=2000, length=60):
+            self.same(text)
+
+    @needs("vocab.bpe", "encoder.json")
+    def test_gpt2_is_tiktokens_on_long_runs(self):
+        r = random.Random(2)
+        for text in ("a" * 50_000, " " * 50_000, "\n" * 50_000 + "x", "!" * 50_000, "7" * 50_000,
+                     "é" * 25_000, "👍" * 12_500, "".join(r.choices("abcdefghij", k=50_000))):
+            self.same(text)
+
+    @needs("vocab.bpe", "encoder.json")
+    def test_gpt2_is_tiktokens_on_every_assigned_code_point(self):
+        for block in range(0, 0x110000, 256):  # beside each kind of character, so that its kind shows
+            self.same("".join(f"a{c}1 {c}{c} {c}'s " for c in map(chr, range(block, block + 256))
+                              if unicodedata.category(c) not in ("Cn", "Cs")))
+
+    @needs("vocab.bpe", "encoder.json")
+    def test_gpt2_is_tiktokens_on_special_tokens(self):
+        text = "a<|endoftext|> b<|endoftext|><|endoftext|>"
+        for allowed in (set(), {"<|endoftext|>"}, "all"):
+            self.assertEqual(self.ours.encode(text, allowed_special=allowed), self.theirs.encode(
+                text, allowed_special=allowed, disallowed_special=()))
+
+    @needs("vocab.bpe", "encoder.json")
+    def test_gpt2_decodes_any_ids_as_tiktoken_does(self):
+        r = random.Random(3)
+        for _ in range(200):
+            ids = [r.randrange(50257) for _ in range(20)]
+            self.assertEqual(self.ours.decode(ids), self.theirs.decode(ids))
+
+    def test_any_text_round_trips_in_a_trained_vocabulary_that_tiktoken_reads(self):
+        t = tok.BPETokenizer()
+        texts = HOSTILE + fuzz(seed=4, strings=300, length=60)
+        t.train(texts[::2], 600, ["<|endoftext|>", "<|user|>"])
+        t.save(self.dir / "a.tiktoken")
+        again = tok.BPETokenizer.load(self.dir / "a.tiktoken")
+        theirs = gpt.load_tokenizer(str(self.dir / "a.tiktoken"))
+        ranks = tiktoken.load.load_tiktoken_bpe(str(self.dir / "a.tiktoken"))
+        self.assertEqual((ranks, theirs.n_vocab), (t.ranks, 600))
+        for text in texts + ["a<|user|>b<|endoftext|>"]:
+            ids = t.encode(text, allowed_special="all")
+            self.assertEqual(ids, again.encode(text, allowed_special="all"))
+            self.assertEqual(ids, theirs.encode(text, allowed_special="all"))
+            self.assertEqual(t.decode(ids), text)
+
+    def test_training_twice_gives_the_same_files(self):
+        text = " ".join(fuzz(seed=5, strings=100, length=60))
+        for name in "ab":
+            t = tok.BPETokenizer()
+            t.train(text, 500)
+            t.save(self.dir / "new" / name)
+        for end in ("", ".json"):
+            self.assertEqual((self.dir / f"new/a{end}").read_bytes(),
+                             (self.dir / f"new/b{end}").read_bytes())
+        self.assertEqual(sorted(os.listdir(self.dir / "new")), ["a", "a.json", "b", "b.json"])
+
+    def test_forgetting_the_cache_changes_nothing(self):
+        t = tok.BPETokenizer()
+        texts = fuzz(seed=6, strings=100, length=60)
+        expected = [t.encode(text) for text in texts]
+        t._cache.clear()
+        with mock.patch.object(tok.BPETokenizer, "CACHE_CHUNKS", 3):
+            self.assertEqual([t.encode(text) for text in texts], expected)
+            self.assertLessEqual(len(t._cache), 3)
+
+    def test_what_has_no_tokens_is_an_error_that_says_so(self):
+        t = tok.BPETokenizer()
+        for text in (5, None, b"bytes", ["a"]):
+            with self.assertRaisesRegex(TypeError, f"not {type(text).__name__}"):
+                t.encode(text)
+        for use in (t.encode, lambda text: t.train(text, 300)):
+            with self.assertRaisesRegex(ValueError, "lone surrogate, U[+]D83D at position 2"):
+                use("ab\ud83d")
+        for bad in (257, -1, 10**20):
+            with self.assertRaisesRegex(ValueError, f"token id {bad} .* 0 to 256"):
+                t.decode([65, bad])
+        self.assertEqual(t.decode([0xe2, 0x82]), "\ufffd")
+        self.assertEqual(t.decode([]), "")
+
+    def test_broken_files_are_one_sentence(self):
+        t, path = tok.BPETokenizer(), self.dir / "x.tiktoken"
+        t.train("aaaa bbbb", 262)
+        t.save(path)
+        good = path.read_text(encoding="ascii").split("\n")
+        extra = base64.b64encode(b"zz").decode()
+        for broken in ("", "\n".join(good[:-2] + ["!!!! 260"]), "\n".join(good[:-1] + [extra + " 999"]),
+                       "\n".join(good[:-1] + [good[-2]]), "\n".join(good[1:]), "é", good[0] + " 1"):
+            path.write_text(broken, encoding="utf-8")
+            with self.assertRaises(gpt.UserError):
+                tok.BPETokenizer.load(path)
+        path.write_text("\n".join(good), encoding="ascii")
+        for sidecar in ("{", "[]", '{"special_tokens": {"a": 3}}', '{"pat_str": "("}',
+                        '{"pat_str": "(a)|."}', '{"pat_str": 3}'):
+            Path(f"{path}.json").write_text(sidecar, encoding="utf-8")
+            with self.assertRaises(gpt.UserError):
+                tok.BPETokenizer.load(path)
+        with self.assertRaises(gpt.UserError):
+            tok.BPETokenizer.load(self.dir / "missing")
+        with self.assertRaisesRegex(gpt.UserError, "not the two files"):
+            tok.BPETokenizer.from_gpt2(path, path)
+
+
+class TestTokenizerCommands(unittest.TestCase):
+
+    def setUp(self):
+        self.dir = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.dir)
+
+    def main(self, *args):
+        with contextlib.redirect_stdout(io.StringIO()) as out, \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            tok.main([str(arg) for arg in args])
+        return out.getvalue() + err.getvalue()
+
+    def test_walk_needs_no_file(self):
+        out = self.main()
+        for part in ("KeyError: 'pancakes'", "' ' + 'b'    seen", "gives back every byte: True",
+                     "encode --tokenizer gpt2"):
+            self.assertIn(part, out)
+        self.assertNotIn("\x1b", out)
+
+    def test_train_encode_compare(self):
+        Path("a.txt").write_text("the cat sat on the mat. " * 100, encoding="utf-8")
+        Path("b.txt").write_text("the rat sat on the cat. " * 100, encoding="utf-8")
+        out = self.main("train", "a.txt", "b.txt", "--vocab-size", 270, "--out", "new/x.tiktoken")
+        self.assertRegex(out, r"held out 4\d\d bytes, (?s:.*) [2-9]\.\d\d bytes per token")
+        ids = gpt.load_tokenizer("new/x.tiktoken").encode_ordinary("the cat")
+        out = self.main("encode", "--tokenizer", "new/x.tiktoken", "the cat")
+        self.assertEqual(out.split("\n")[0], " ".join(map(str, ids)))
+        self.assertEqual(out.split("\n")[1].replace("|", ""), "the cat")
+        self.assertIn("every token is the same",
+                      self.main("compare", "a.txt", "--tokenizer", "new/x.tiktoken"))
+
+    def test_train_says_when_the_text_is_too_small(self):
+        Path("a.txt").write_text("ab ab", encoding="utf-8")
+        self.assertIn("too small for 243 merges", self.main("train", "a.txt", "--vocab-size", 500))
+        self.assertTrue(Path("checkpoints/my.tiktoken").exists())
+
+    def test_bad_input_is_one_sentence(self):
+        Path("empty").touch()
+        Path("binary").write_bytes(bytes(range(256)))
+        Path("good").write_text("good text", encoding="utf-8")
+        for args in (["train", "missing"], ["train", "good", "empty"], ["train", "binary"],
+                     ["train", "."], ["train", "good", "--vocab-size", 256], ["compare", "missing"],
+                     ["encode", "--tokenizer", "missing", "x"], ["encode", "--tokenizer", "good", "x"],
+                     ["encode", "--tokenizer", "bytes", "\udcff"], ["train", "good", "--out", "."]):
+            with self.subTest(args=args):
+                with self.assertRaises(gpt.UserError) as caught:
+                    self.main(*args)
+                self.assertNotIn("\n", str(caught.exception))
+
+    def test_show_escapes_what_a_terminal_would_obey(self):
+        self.assertEqual(tok.show([b"a\n", b"\x1b[31m", "é".encode()[:1], "é".encode()]),
+                         r"a\n|\x1b[31m|\xc3|é")
+        stdout = io.StringIO()
+        stdout.isatty = lambda: True
+        with mock.patch.object(sys, "stdout", stdout):
+            with mock.patch.dict(os.environ, {"NO_COLOR": "1"}):
+                self.assertNotIn("\x1b", tok.show([b"a", b"b"]))
+            with mock.patch.dict(os.environ):
+                os.environ.pop("NO_COLOR", None)
+                self.assertIn("\x1b", tok.show([b"a", b"b"]))
+
+    def test_pieces_of_a_file_have_the_chunks_of_the_whole(self):
+        text = " ".join(HOSTILE + fuzz(seed=7, strings=50, length=60)).replace("\0", "")
+        Path("a.txt").write_text(text, encoding="utf-8", newline="")
+        whole = tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, text)
+        for size in (1, 2, 3, 7, 50, 1000):
+            pieces = list(gpt.read_text_pieces("a.txt", size=size))
+            chunks = [c for p in pieces for c in tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, p)]
+            self.assertEqual(chunks, whole)
+
+
+# ---------------------------------------------------------------------------------------------
+# gpt.download, against a server that misbehaves
+
+FILE = bytes(range(256)) * 800  # 204,800 bytes
+FILE_SHA256 = hashlib.sha256(FILE).hexdigest()
+
+
+class DownloadTest(unittest.TestCase):
+    """Each test gives the server a list of answers, one per request; the last one repeats."""
+
+    def setUp(self):
+        test, self.asked, self.answers = self, [], [self.whole]
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                test.asked.append((self.path, self.headers.get("Range")))
+                answer = test.answers[0] if len(test.answers) == 1 else test.answers.pop(0)
+                with contextlib.suppress(ConnectionError):
+                    answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.stalled = threading.Event()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/file"
+        folder = tempfile.TemporaryDirectory()
+        self.path = Path(folder.name) / "deep" / "file.bin"
+        self.part = Path(f"{self.path}.part")
+        no_proxy = mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1"})
+        no_proxy.start()
+        for clean in (folder.cleanup, self.server.server_close, self.server.shutdown,
+                      self.stalled.set, no_proxy.stop):
+            self.addCleanup(clean)
+
+    # The answers.
+
+    def send(self, request, body, status=200, length=None, headers=()):
+        request.send_response(status)
+        for name, value in headers:
+            request.send_header(name, value)
+        if length != "unknown":
+            request.send_header("Content-Length", len(body) if length is None else length)
+        request.end_headers()
+        request.wfile.write(body)
+        request.wfile.flush()
+
+    def whole(self, request, headers=()):
+        self.send(request, FILE, headers=headers)
+
+    def ranged(self, request):
+        if not request.headers.get("Range"):
+            return self.whole(request)
+        start = int(request.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        if start >= len(FILE):
+            return self.send(request, b"<html>", 416, headers=[
+                ("Content-Range", f"bytes */{len(FILE)}"), ("Content-Type", "text/html")])
+        self.send(request, FILE[start:], 206, headers=[
+            ("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")])
+
+    def cut(self, request):  # half, then the connection is closed
+        self.send(request, FILE[:100_000], length=len(FILE))
+        request.close_connection = True
+
+    def stall(self, request):  # half, then silence
+        self.send(request, FILE[:100_000], length=len(FILE))
+        self.stalled.wait(5)
+
+    def status(self, number, headers=()):
+        return lambda request: self.send(request, b"no", number, headers=headers)
+
+    # What must hold.
+
+    def fetch(self, *urls, sha256=None, timeout=1):
+        with contextlib.redirect_stdout(io.StringIO()):
+            return gpt.download(urls or [self.url], self.path, sha256, timeout)
+
+    def check_file(self, requests=None):
+        self.assertEqual(self.path.read_bytes(), FILE)
+        self.assertFalse(self.part.exists())
+        if requests:
+            self.assertEqual([asked[1] for asked in self.asked], requests)
+
+    def check_fails(self, words, *urls, sha256=None):
+        with self.assertRaises(UserError) as caught:
+            self.fetch(*urls, sha256=sha256)
+        self.assertIn(words, str(caught.exception))
+        self.assertIn(str(self.path), str(caught.exception))  # where to put it by hand
+        self.assertFalse(self.path.exists())
+
+    def test_a_file_that_is_there_needs_no_network(self):
+        self.path.parent.mkdir()
+        self.path.write_bytes(b"mine")
+        self.assertEqual(self.fetch(), self.path)
+        self.assertEqual((self.path.read_bytes(), self.asked), (b"mine", []))
+
+    def test_redirect_whose_first_answer_announces_the_checksum(self):
+        for etag in (f'"{FILE_SHA256}"', f'W/"{FILE_SHA256}"', FILE_SHA256):
+            self.answers = [self.status(302, [("Location", "/cdn"), ("X-Linked-Etag", etag)]),
+                            lambda r: self.whole(r, [("ETag", '"' + 64 * "0" + '"')])]
+            self.fetch()
+            self.check_file()
+            self.path.unlink()
+        self.assertEqual([path for path, _ in self.asked], ["/file", "/cdn"] * 3)
+        wrong = ("X-Linked-Etag", '"' + 64 * "0" + '"')
+        self.answers = [self.status(302, [("Location", "/cdn"), wrong]), self.whole]
+        self.check_fails("wrong content")
+        self.assertFalse(self.part.exists())
+
+    def test_an_etag_that_is_no_checksum_is_not_taken_for_one(self):
+        self.answers = [lambda r: self.whole(r, [("ETag", '"0x8D5"')])]
+        self.fetch()
+        self.check_file()
+
+    def test_404_then_the_next_address(self):
+        self.answers = [self.status(404), self.whole]
+        self.fetch(self.url, self.url + "2")
+        self.check_file()
+        self.assertEqual([path for path, _ in self.asked], ["/file", "/file2"])
+
+    def test_500_then_success(self):
+        self.answers = [self.status(500), self.status(503), self.whole]
+        self.fetch()
+        self.check_file([None] * 3)
+
+    def test_500_for_ever_is_an_error_with_the_reason(self):
+        self.answers = [self.status(500)]
+        self.check_fails("500 Internal Server Error")
+        self.assertEqual(len(self.asked), 3)
+
+    def test_a_cut_connection_resumes_where_it_broke(self):
+        self.answers = [self.cut, self.ranged]
+        self.fetch()
+        self.check_file([None, "bytes=100000-"])
+
+    def test_a_connection_that_breaks_often_gets_there(self):
+        def some(request):  # 30,000 bytes, then the end
+            start = int((request.headers.get("Range") or "bytes=0-")[6:-1])
+            self.send(request, FILE[start:start + 30_000], 206 if start else 200,
+                      len(FILE) - start,
+                      [("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")])
+            request.close_connection = True
+        self.answers = [some]
+        self.fetch()
+        self.check_file()
+        self.assertEqual(len(self.asked), 7)
+
+    def test_a_server_that_ignores_range(self):
+        self.answers = [self.cut, self.whole]
+        self.fetch()
+        self.check_file([None, "bytes=100000-"])
+
+    def test_a_server_that_resumes_elsewhere(self):
+        self.answers = [self.cut, lambda r: self.send(r, FILE[5:], 206, headers=[
+            ("Content-Range", f"bytes 5-{len(FILE) - 1}/{len(FILE)}")]), self.whole]
+        self.fetch()
+        self.check_file([None, "bytes=100000-", None])
+
+    def test_a_stalled_connection_is_given_up_and_resumed(self):
+        self.answers = [self.stall, self.ranged]
+        self.fetch(timeout=0.3)
+        self.check_file()
+        self.assertGreater(int(self.asked[1][1][6:-1]), 80_000)
+
+    def test_a_server_that_says_nothing(self):
+        self.answers = [lambda r: self.stalled.wait(5)]
+        with self.assertRaisesRegex(UserError, "no answer within 0.2 s"):
+            self.fetch(timeout=0.2)
+
+    def test_a_partial_file_of_an_earlier_run(self):
+        self.path.parent.mkdir()
+        for size in (1, 100_000, len(FILE)):  # all of it: 416, and the checksum still counts
+            self.part.write_bytes(FILE[:size])
+            self.answers = [self.ranged]
+            self.fetch(sha256=FILE_SHA256)
+            self.check_file()
+            self.path.unlink()
+        self.assertEqual([r for _, r in self.asked],
+                         ["bytes=1-", "bytes=100000-", f"bytes={len(FILE)}-"])
+
+    def test_a_partial_file_longer_than_the_file_begins_again(self):
+        self.path.parent.mkdir()
+        self.part.write_bytes(FILE + b"more")
+        self.answers = [self.ranged]
+        self.fetch()
+        self.check_file([f"bytes={len(FILE) + 4}-", None])
+
+    def test_a_partial_file_of_something_else_begins_again(self):
+        self.path.parent.mkdir()
+        self.part.write_bytes(b"x" * 5000)
+        self.answers = [self.ranged]
+        self.fetch(sha256=FILE_SHA256)
+        self.check_file(["bytes=5000-", None])
+
+    def test_bytes_of_two_servers_are_not_mixed_without_a_checksum(self):
+        def other(request):
+            self.send(request, b"x" * 100_000, length=len(FILE))
+            request.close_connection = True
+        self.answers = [other, self.status(404), self.ranged]
+        self.fetch(self.url, self.url + "2")
+        self.check_file([None, "bytes=100000-", None])
+
+    def test_wrong_checksum(self):
+        self.check_fails("wrong content", sha256="0" * 64)
+        self.assertFalse(self.part.exists())
+
+    def test_a_web_page_is_not_the_file(self):
+        self.answers = [lambda r: self.whole(r, [("Content-Type", "text/html; charset=utf-8")])]
+        self.check_fails("a web page came")
+
+    def test_an_answer_without_a_file(self):
+        self.answers = [self.status(204)]
+        self.check_fails("204")
+        self.answers = [lambda r: self.send(r, FILE, length="unknown")]
+        self.check_fails("does not say how long")
+
+    def test_ctrl_c_keeps_the_part_and_a_later_call_resumes(self):
+        update, self.answers = gpt.Progress.update, [self.ranged]
+
+        def interrupt(progress, done, text=""):
+            if done > 100_000:
+                raise KeyboardInterrupt
+        with mock.patch.object(gpt.Progress, "update", interrupt):
+            self.assertRaises(KeyboardInterrupt, self.fetch)
+        have = self.part.stat().st_size
+        self.assertGreater(have, 100_000)
+        self.assertFalse(self.path.exists())
+        self.fetch()
+        self.check_file([None, f"bytes={have}-"])
+
+    def test_no_network_names_every_address(self):
+        with socket.socket() as closed:  # bound but not listening: nobody answers
+            closed.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{closed.getsockname()[1]}/a"
+            self.check_fails(f"{url}: no connection\n  {url}b: no connection", url, url + "b")
+
+    def test_a_folder_that_cannot_be_written(self):
+        self.path.parent.write_bytes(b"a file where the folder should be")
+        with self.assertRaisesRegex(UserError, "could not be written"):
+            self.fetch()
+
+
+# ---------------------------------------------------------------------------------------------
+# load_gpt2.py. Small files in both formats, written byte by byte, and GPT-2 in twenty lines of
+# numpy to say what the logits must be.
+
+V, T, C, H, L = 300, 16, 8, 2, 11  # 11 blocks: h10 comes before h2 in sorted order
+HUB_TO_TF = {"ln_1.weight": "ln_1/g", "ln_1.bias": "ln_1/b", "ln_2.weight": "ln_2/g",
+             "ln_2.bias": "ln_2/b",
+             **{f"{n}.{a}": f"{n.replace('.', '/')}/{a[0]}" for a in ("weight", "bias")
+                for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}}
+
+
+def random_gpt2():
+    """{the hub's name: float32 array} of a tiny GPT-2, every array different."""
+    rng, shapes = np.random.default_rng(0), {
+        "ln_1.weight": (C,), "ln_1.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
+        "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
+        "mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,)}
+    shapes = {f"h.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
+    shapes |= {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    return {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def numpy_gpt2(w, ids):
+    """Logits (T, V) of token IDs (T,), after Radford et al. 2019."""
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"] + w[name + ".bias"]
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
+    for i in range(L):
+        q, k, v = np.split(linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn"), 3, axis=-1)
+        heads = []
+        for h in np.split(np.arange(C), H):
+            scores = q[:, h] @ k[:, h].T / np.sqrt(C // H)
+            scores = np.exp(np.where(np.tri(len(ids)) == 1, scores, -np.inf))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, h])
+        x = x + linear(np.concatenate(heads, axis=-1), f"h.{i}.attn.c_proj")
+        y = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y ** 3)))
+        x = x + linear(y, f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+def write_safetensors(path, weights, header=None, dtype="F32", pad=0):
+    """`weights` as {name: array or bytes}; `header` replaces or changes (a function) the JSON."""
+    entries, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, array in weights.items():
+        end = len(data) + array.nbytes
+        entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), end]}
+        data += array.tobytes()
+    if callable(header):
+        header(entries)
+    text = header if isinstance(header, bytes) else json.dumps(entries).encode() + b" " * pad
+    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def slow_crc32c(data):
+    """CRC-32C as the standard defines it, byte by byte."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = SLOW_TABLE[(crc ^ byte) & 255] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+SLOW_TABLE = []
+for byte in range(256):
+    for _ in range(8):
+        byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
+    SLOW_TABLE.append(byte)
+
+
+def masked(crc):
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def varint(n):
+    out = bytearray()
+    while n > 127:
+        out.append(n & 127 | 128)
+        n >>= 7
+    return bytes(out + bytes([n]))
+
+
+def field(number, value):
+    """A protocol-buffer field: a number, or bytes."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def block(entries, compression=0, share=True):
+    """A LevelDB block of (key, value)s, with a restart point every 16, and its trailer."""
+    out, restarts, last = b"", [], b""
+    for n, (key, value) in enumerate(entries):
+        shared = 0 if n % 16 == 0 or not share else len(os.path.commonprefix([key, last]))
+        if n % 16 == 0:
+            restarts.append(len(out))
+        out += varint(shared) + varint(len(key) - shared) + varint(len(value))
+        out += key[shared:] + value
+        last = key
+    out += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts)) + bytes([compression])
+    return out + struct.pack("<I", masked(slow_crc32c(out)))
+
+
+def write_index(path, entries, per_block=30, compression=0):
+    """A LevelDB table of (key, value)s."""
+    out, pointers = b"", []
+    for at in range(0, len(entries), per_block):
+        part = block(entries[at:at + per_block], compression)
+        pointers.append((entries[at:at + per_block][-1][0],
+                         varint(len(out)) + varint(len(part) - 5)))
+        out += part
+    footer = varint(len(out)) + varint(8)
+    out += block([])
+    index = block(pointers)
+    footer += varint(len(out)) + varint(len(index) - 5)
+    path.write_bytes(out + index + footer.ljust(40, b"\0") +
+                     struct.pack("<Q", 0xDB4775248B80FB57))
+
+
+def write_tensorflow(folder, weights, change=None, **index_options):
+    """OpenAI's three files. `change` may alter {key: [dtype, shape, offset, size, crc]}."""
+    folder.mkdir(exist_ok=True)
+    names = {}
+    for hub, array in weights.items():
+        parts = hub.split(".", 2)
+        if parts[0] == "h":
+            array = array[None] if "mlp" not in hub and array.ndim == 2 else array
+            names[f"model/h{parts[1]}/{HUB_TO_TF[parts[2]]}"] = array
+        else:
+            names["model/" + {"ln_f.weight": "ln_f/g", "ln_f.bias": "ln_f/b"}.get(
+                hub, parts[0])] = array
+    data, records = b"", {}
+    for name in sorted(names):
+        raw = names[name].tobytes()
+        records[name] = [1, names[name].shape, len(data), len(raw), masked(slow_crc32c(raw))]
+        data += raw
+    if change:
+        change(records)
+    entries = [(b"", field(1, 1) + field(3, field(1, 1)))]
+    for name, (dtype, shape, offset, size, crc) in sorted(records.items()):
+        shape = b"".join(field(2, field(1, n)) for n in shape)
+        entries.append((name.encode(), field(1, dtype) + field(2, shape) +
+                        (field(4, offset) if offset else b"") + field(5, size) +
+                        varint(6 << 3 | 5) + struct.pack("<I", crc)))
+    (folder / "model.ckpt.data-00000-of-00001").write_bytes(data)
+    write_index(folder / "model.ckpt.index", entries, **index_options)
+    (folder / "hparams.json").write_text(json.dumps(
+        {"n_vocab": V, "n_ctx": T, "n_embd": C, "n_head": H, "n_layer": L}), encoding="utf-8")
+    return folder
+
+
+class LoadCase(unittest.TestCase):
+    """A temporary folder with a tiny GPT-2 in both formats: self.hub and self.tf."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.dir, self.weights = Path(folder.name), random_gpt2()
+        self.hub, self.tf = self.dir / "hub", self.dir / "tf"
+        self.hub.mkdir()
+        self.file = write_safetensors(self.hub / "model.safetensors", self.weights)
+        (self.hub / "config.json").write_text(json.dumps({"n_head": H}), encoding="utf-8")
+        write_tensorflow(self.tf, self.weights)
+
+    def logits(self, source, ids=(0, 299, 7, 7, 42)):
+        model = source if isinstance(source, torch.nn.Module) else load_gpt2.load_local(source)
+        with torch.no_grad():
+            return model(torch.tensor([ids]))[0].numpy()
+
+    def check_logits(self, source, tolerance=2e-4, weights=None):
+        ids = [0, 299, 7, 7, 42]
+        weights = {k: v.astype(np.float64) for k, v in (weights or self.weights).items()}
+        np.testing.assert_allclose(self.logits(source), numpy_gpt2(weights, ids), atol=tolerance)
+
+    def check_refused(self, source, *words):
+        """One UserError with these words, raised before memory is taken for a model."""
+        with mock.patch.object(load_gpt2, "allocate", side_effect=AssertionError("allocated")):
+            with self.assertRaises(UserError) as caught, contextlib.redirect_stdout(io.StringIO()):
+                load_gpt2.load_local(source)
+        for word in words:
+            self.assertIn(word, str(caught.exception))
+
+
+class LoadGPT2Test(LoadCase):
+    @needs("gpt2-tiny-hf", "gpt2-tiny-tf")
+    def test_files_of_transformers_and_tensorflow_give_transformers_logits(self):
+        expected = np.load(ROOT / "data" / "gpt2-tiny-tf" / "expected_logits.npz")
+        for name in ("gpt2-tiny-hf", "gpt2-tiny-tf"):
+            model = load_gpt2.load_local(ROOT / "data" / name)
+            with torch.no_grad():
+                logits = model(torch.from_numpy(expected["ids"])).numpy()
+            self.assertLess(np.abs(logits - expected["logits"]).max(), 2e-5, name)
+
+    def test_both_formats_give_the_logits_of_gpt2_in_numpy(self):
+        self.check_logits(self.hub)
+        self.check_logits(self.file)  # the file alone, beside its config.json
+        self.check_logits(self.tf)
+        self.check_logits(self.tf / "model.ckpt.index")
+
+    def test_names_with_prefix_masks_and_a_copy_of_the_embedding(self):
+        weights = {f"transformer.{name}": array for name, array in self.weights.items()}
+        weights["transformer.h.3.attn.bias"] = np.ones((1, 1, T, T), np.float32)
+        weights["transformer.h.3.attn.masked_bias"] = np.float32([-1e4]).reshape(())
+        weights["lm_head.weight"] = self.weights["wte.weight"]
+        for pad in (0, 1, 3):  # so that the numbers also lie at odd addresses
+            write_safetensors(self.file, weights, pad=pad)
+            self.check_logits(self.hub)
+
+        def as_bool(header):
+            header["transformer.h.3.attn.bias"].update(dtype="BOOL", shape=[4 * T * T])
+        write_safetensors(self.file, weights, as_bool)  # newer files have a mask of BOOL
+        self.check_logits(self.hub)
+
+    def test_sixteen_bit_numbers(self):
+        half = {name: array.astype(np.float16) for name, array in self.weights.items()}
+        write_safetensors(self.file, half, dtype="F16")
+        self.check_logits(self.hub, weights=half)
+        cut = {k: v.view(np.uint32) >> 16 for k, v in self.weights.items()}  # bfloat16 by hand
+        write_safetensors(self.file, {k: v.astype(np.uint16) for k, v in cut.items()},
+                          dtype="BF16")
+        cut = {k: (v << 16).view(np.float32) for k, v in cut.items()}
+        self.check_logits(self.hub, weights=cut)
+
+        def as_half(records):
+            for record in records.values():
+                record[0] = 19
+        write_tensorflow(self.tf, half, as_half)
+        self.check_logits(self.tf, weights=half)
+        self.assertEqual(load_gpt2.load_local(self.tf).tok_emb.weight.dtype, torch.float32)
+
+    def test_out_head_shares_the_embedding(self):
+        model = load_gpt2.load_local(self.hub)
+        self.assertIs(model.out_head.weight, model.tok_emb.weight)
+        self.assertEqual(sum(p.numel() for p in model.parameters()),
+                         sum(a.size for a in self.weights.values()))
+        self.assertFalse(model.training)
+
+    def test_params_are_the_book_s_tree_of_numpy_arrays(self):
+        for folder in (self.hub, self.tf):
+            folder.rename(self.dir / "124M")
+            settings, params = load_gpt2.download_and_load_gpt2("124M", self.dir)
+            (self.dir / "124M").rename(folder)
+            self.assertEqual(settings, {"n_vocab": V, "n_ctx": T, "n_embd": C, "n_head": H,
+                                        "n_layer": L})
+            self.assertEqual(sorted(params), ["b", "blocks", "g", "wpe", "wte"])
+            self.assertEqual(sorted(params["blocks"][10]), ["attn", "ln_1", "ln_2", "mlp"])
+            for array, name in ((params["wte"], "wte.weight"), (params["g"], "ln_f.weight"),
+                                (params["blocks"][10]["attn"]["c_attn"]["w"],
+                                 "h.10.attn.c_attn.weight"),
+                                (params["blocks"][2]["mlp"]["c_proj"]["b"], "h.2.mlp.c_proj.bias"),
+                                (params["blocks"][1]["ln_2"]["g"], "h.1.ln_2.weight")):
+                self.assertIsInstance(array, np.ndarray)
+                np.testing.assert_array_equal(array, self.weights[name])
+
+    def test_load_weights_into_gpt_copies_or_says_what_does_not_fit(self):
+        self.tf.rename(self.dir / "124M")
+        _, params = load_gpt2.download_and_load_gpt2("124M", self.dir)
+        cfg = {"vocab_size": V, "context_length": T, "emb_dim": C, "n_heads": H, "n_layers": L,
+               "drop_rate": 0.0, "qkv_bias": True}
+        model = gpt.GPTModel(cfg)
+        load_gpt2.load_weights_into_gpt(model, params)
+        self.check_logits(model)
+        for change, words in (({"context_length": 32}, "wpe has the shape (16, 8), but the model "
+                               "needs (32, 8)"), ({"n_layers": 10}, "11 blocks"),
+                              ({"qkv_bias": False}, "qkv_bias True"),
+                              ({"emb_dim": 16}, "wte has the shape")):
+            model = gpt.GPTModel({**cfg, **change})
+            before = model.tok_emb.weight.clone()
+            with self.assertRaises(UserError) as caught:
+                load_gpt2.load_weights_into_gpt(model, params)
+            self.assertIn(words, str(caught.exception))
+            self.assertTrue(torch.equal(before, model.tok_emb.weight))
+        del params["blocks"][7]["mlp"]["c_fc"]["w"]
+        with self.assertRaisesRegex(UserError, "lack h7/mlp/c_fc/w"):
+            load_gpt2.load_weights_into_gpt(gpt.GPTModel(cfg), params)
+
+    def test_a_checkpoint_of_it_gives_the_same_logits(self):
+        model = load_gpt2.load_local(self.hub)
+        gpt.save_checkpoint(self.dir / "x.pt", model, gpt.load_tokenizer("bytes"))
+        again, _, _ = gpt.load_checkpoint(self.dir / "x.pt")
+        np.testing.assert_array_equal(self.logits(again.eval()), self.logits(model))
+
+    def test_checksums_are_those_of_the_standard_at_every_length(self):
+        self.assertEqual(load_gpt2.crc32c(b"123456789"), 0xE3069283)
+        self.assertEqual(load_gpt2.crc32c(bytes(32)), 0x8A9136AA)  # RFC 3720, B.4
+        self.assertEqual(load_gpt2.crc32c(b"\xff" * 32), 0x62A8AB43)
+        data, row = np.random.default_rng(1).bytes(200_000), 4 * load_gpt2.ROW
+        for length in (0, 1, 3, 4, 5, 8, row - 1, row, row + 1, row + 4, 2 * row, 3 * row - 3):
+            self.assertEqual(load_gpt2.crc32c(data[:length]), slow_crc32c(data[:length]), length)
+
+    @unittest.skipUnless(Path("/proc/self/status").exists(), "needs Linux")
+    def test_the_peak_is_the_model_alone(self):
+        width, total = 768, 0
+        shapes = {name: [n * width // C for n in array.shape]
+                  for name, array in self.weights.items()
+                  if name[:2] != "h." or name[:4] in ("h.0.", "h.1.")}
+        shapes["wte.weight"], shapes["wpe.weight"] = [5000, width], [1024, width]
+        for name, shape in shapes.items():
+            size = 4 * int(np.prod(shape))
+            shapes[name] = {"dtype": "F32", "shape": shape, "data_offsets": [total, total + size]}
+            total += size
+        write_safetensors(self.file, {}, json.dumps(shapes).encode())
+        with open(self.file, "r+b") as file:  # zeros that take no room on the disk
+            file.truncate(self.file.stat().st_size + total)
+        (self.hub / "config.json").unlink()
+        code = ("import re, sys; sys.path.insert(0, sys.argv[1]); import load_gpt2\n"
+                "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', "
+                "open('/proc/self/status', encoding='ascii').read())[1]) * 1024\n"
+                "a = peak(); load_gpt2.load_local(sys.argv[2]); print(peak() - a)")
+        peak = int(subprocess.run([sys.executable, "-c", code, str(ROOT), str(self.file)],
+                                  check=True, capture_output=True, text=True).stdout)
+        self.assertLess(peak, 1.15 * total + 10e6)  # what torch itself takes at first use
+
+
+class BadGPT2FilesTest(LoadCase):
+    def test_safetensors_that_are_cut_damaged_or_hostile(self):
+        good, entry = self.file.read_bytes(), "wpe.weight"
+
+        def changed(**change):
+            return lambda header: header[entry].update(change)
+
+        def renamed(header):
+            header["transformer.wpe.weight"] = dict(header["wpe.weight"])
+
+        at = json.loads(good[8:8 + int.from_bytes(good[:8], "little")])[entry]["data_offsets"]
+        for content, *words in (
+                (b"", "empty"), (b"abc", "header"), (good[:100], "header should have"),
+                (good[:-4], "outside the file"), (good[:len(good) // 2], "outside the file"),
+                (struct.pack("<Q", 1 << 63) + good[8:], "header should have"),
+                (b"PK\3\4" + bytes(5000), "header should have"),
+                (b"[1, 2]", "not a JSON object"), (b"{,}", "header is not as expected"),
+                (b"\xff\xfe", "header is not as expected"), (b"[" * 100_000, "header"),
+                (b'{"wte.weight": 5}', "header is not as expected"),
+                (b'{"wte.weight": {"dtype": "F32"}}', "header is not as expected"),
+                (b'{"a": {}, "a": {}}', "twice"), (b" " * ((1 << 20) + 1) + b"{}", "too long"),
+                (changed(dtype="I64"), "wpe.weight", "'I64'", "not supported"),
+                (changed(dtype=["F32"]), "header is not as expected"),
+                (changed(data_offsets=[at[0] - 4, at[1] - 4]), "wpe.weight", "overlaps"),
+                (changed(data_offsets=[10 ** 9, 10 ** 9 + 512]), "wpe.weight", "outside"),
+                (changed(data_offsets=[-512, 0]), "wpe.weight", "outside"),
+                (changed(data_offsets=[at[1], at[0]]), "wpe.weight", "outside"),
+                (changed(data_offsets=[0.5, 512.5]), "wpe.weight", "whole numbers"),
+                (changed(data_offsets=at[:1]), "wpe.weight", "whole numbers"),
+                (changed(shape=[10 ** 12, 10 ** 6]), "wpe.weight", "does not fit its shape"),
+                (changed(shape=[-16, -8]), "wpe.weight", "does not fit its shape"),
+                (changed(shape=[0, 8], data_offsets=[at[0], at[0]]), "wpe.weight", "does not fit"),
+                (changed(shape=[True, 128]), "wpe.weight", "whole numbers"),
+                (changed(shape=[128]), "wte and wpe"),
+                (changed(shape=[32, 4]), "wpe has the shape (32, 4)", "(32, 8)"),
+                (lambda header: header.pop(entry), "lacks the tensor wpe.weight"),
+                (renamed, "with and without the prefix")):
+            with self.subTest(words=words):
+                if callable(content) or content[:1] in (b"{", b"[", b"\xff", b" "):
+                    write_safetensors(self.file, self.weights, content)
+                else:
+                    self.file.write_bytes(content)
+                self.check_refused(self.file, *words)
+
+    def test_tensors_that_are_missing_or_too_many(self):
+        for drop in ("h.4.mlp.c_fc.bias", "wte.weight", "ln_f.bias"):
+            weights = {k: v for k, v in self.weights.items() if k != drop}
+            self.check_refused(write_safetensors(self.file, weights), f"lacks the tensor {drop}")
+        more = {**self.weights, "h.0.adapter.weight": np.ones(3, np.float32)}
+        self.check_refused(write_safetensors(self.file, more), "h.0.adapter.weight")
+        more = {**self.weights, "lm_head.weight": self.weights["wte.weight"] + 1}
+        self.check_refused(write_safetensors(self.file, more), "lm_head.weight")
+        last = {k: v for k, v in self.weights.items() if not k.startswith("h.10.")}
+        (self.hub / "config.json").write_text('{"n_layer": 11, "n_head": 2}', encoding="utf-8")
+        self.check_refused(write_safetensors(self.file, last), "h.10.ln_1.weight")
+
+        def drop_one(records):
+            del records["model/h10/attn/c_proj/w"]
+        self.check_refused(write_tensorflow(self.tf, self.weights, drop_one),
+                           "lacks the tensor h10/attn/c_proj/w")
+
+    def test_config_files_that_do_not_fit(self):
+        for text, word in (("", "config.json"), ("[]", "not a JSON object"), ("{", "config.json"),
+                           ("[" * 100_000, "config.json"), ('{"n_head": 3}', "3 heads"),
+                           ('{"n_head": 0}', "0 heads"), ('{"n_head": "x"}', "heads"), ("{}", ""),
+                           ('{"n_layer": -1}', "-1 blocks"), ('{"n_layer": 1000000000}', "lacks"),
+                           ('{"n_layer": 3}', "holds h.10"), ('{"n_embd": 16}', "n_embd 16"),
+                           ('{"vocab_size": 5}', "n_vocab 5"), ('{"model_type": "opt"}', "'opt'"),
+                           ('{"activation_function": "relu"}', "relu")):
+            with self.subTest(text=text[:40]):
+                (self.hub / "config.json").write_text(text, encoding="utf-8")
+                self.check_refused(self.hub, word)
+
+    def test_tensorflow_checkpoints_that_are_cut_damaged_or_hostile(self):
+        key, data = "model/wpe", self.tf / "model.ckpt.data-00000-of-00001"
+        index = self.tf / "model.ckpt.index"
+
+        def changed(place, value):
+            return lambda records: records[key].__setitem__(place, value)
+
+        for change, *words in (
+                (changed(0, 9), "model/wpe", "dtype number 9"),
+                (changed(1, (16, 16)), "wpe", "does not fit its shape"),
+                (changed(1, (1 << 40, 1 << 40)), "wpe", "does not fit its shape"),
+                (changed(1, ((1 << 64) - 1, 8)), "wpe", "does not fit its shape"),  # -1
+                (changed(2, 0), "overlaps"), (changed(2, 1 << 62), "wpe", "outside the file"),
+                (changed(3, 1 << 62), "wpe", "outside the file"),
+                (changed(4, 5), "checksum of wpe is wrong")):
+            with self.subTest(words=words):
+                self.check_refused(write_tensorflow(self.tf, self.weights, change), *words)
+        self.check_refused(write_tensorflow(self.tf, self.weights, compression=1), "compressed")
+        write_tensorflow(self.tf, self.weights)
+        good, numbers = index.read_bytes(), data.read_bytes()
+        for at in (0, 70_00, len(numbers) - 1):  # one bit, anywhere
+            data.write_bytes(numbers[:at] + bytes([numbers[at] ^ 1]) + numbers[at + 1:])
+            self.check_refused(self.tf, "checksum of", str(data))
+        data.write_bytes(numbers[:-5])
+        self.check_refused(self.tf, "outside the file")
+        data.write_bytes(b"")
+        self.check_refused(self.tf, "empty")
+        data.unlink()
+        self.check_refused(self.tf, "not there")
+        data.write_bytes(numbers)
+        for content, word in ((b"", "empty"), (good[:40], "does not end"), (good[1:], "index"),
+                              (good[:-1], "does not end"), (good[100:], "index"),
+                              (good + bytes(1 << 20) + good[-48:], "too many")):
+            index.write_bytes(content)
+            self.check_refused(self.tf, word, str(index))
+
+    def test_no_damaged_byte_of_an_index_gets_through_or_raises_anything_else(self):
+        index, rng = self.tf / "model.ckpt.index", np.random.default_rng(2)
+        good, places = index.read_bytes(), load_gpt2.read_index(index)
+        for at in rng.choice(len(good) - 48, 60, replace=False):
+            index.write_bytes(good[:at] + bytes([good[at] ^ 1 << rng.integers(8)]) + good[at + 1:])
+            with contextlib.suppress(UserError):
+                self.assertEqual(load_gpt2.read_index(index), places)
+
+    def test_no_random_record_raises_anything_but_a_sentence(self):
+        rng = np.random.default_rng(3)
+        for _ in range(300):  # with right checksums, so that the parser sees the nonsense
+            entries = [(rng.bytes(rng.integers(1, 9)), rng.bytes(rng.integers(0, 30)))
+                       for _ in range(3)]
+            entries[0] = (b"model/" + entries[0][0], entries[0][1])
+            write_index(self.tf / "model.ckpt.index", sorted(entries))
+            with contextlib.suppress(UserError):
+                load_gpt2.read_index(self.tf / "model.ckpt.index")
+        for damaged in (b"\x05\x05\x00abcde", b"\x00\xff\xff\xff\xff\x7f\x00a",
+                        b"\xff" * 30, b"\x00\x03\x00abc\x09\x01\x00x"):
+            content = damaged + struct.pack("<II", 0, 1) + b"\0"
+            content += struct.pack("<I", masked(slow_crc32c(content)))
+            pointer = block([(b"z", varint(0) + varint(len(content) - 5))])
+            (self.tf / "model.ckpt.index").write_bytes(
+                content + pointer + (b"\0\0" + varint(len(content)) + varint(len(pointer) - 5))
+                .ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57))
+            self.assertRaises(UserError, load_gpt2.read_index, self.tf / "model.ckpt.index")
+
+    def test_a_folder_with_neither_format_and_a_path_that_is_not_there(self):
+        (self.dir / "empty").mkdir()
+        self.check_refused(self.dir / "empty", "neither format", "model.safetensors",
+                           "model.ckpt.index")
+        self.check_refused(self.dir / "nowhere", "is not there")
+
+
+class LoadGPT2CommandTest(LoadCase):
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.dir)
+
+    def run_command(self, *argv):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                load_gpt2.main([str(a) for a in argv])
+            except UserError as e:
+                return 1, out.getvalue(), str(e)
+            except SystemExit as e:
+                return e.code, out.getvalue(), err.getvalue()
+        return 0, out.getvalue(), err.getvalue()
+
+    @needs("tiktoken")
+    def test_from_a_folder_to_a_checkpoint_that_writes(self):
+        cache = {"TIKTOKEN_CACHE_DIR": str(ROOT / "data" / "tiktoken")}
+        with mock.patch.dict(os.environ, cache):
+            for folder in (self.hub, self.tf):
+                with mock.patch("requests.get", side_effect=AssertionError("network")):
+                    status, out, _ = self.run_command("--from", folder, "--out", "a/b.pt")
+                self.assertEqual(status, 0)
+                self.assertIn("Every effort moves you", out)
+                self.assertIn(f"{sum(a.size for a in self.weights.values()):,} parameters", out)
+                self.assertIn("the-verdict.txt is not there", out)
+                model, tokenizer, _ = gpt.load_checkpoint("a/b.pt")
+                self.check_logits(model.eval())
+                self.assertEqual(tokenizer.n_vocab, V)
+                self.assertEqual(tokenizer.decode(tokenizer.encode("Größe 12")), "Größe 12")
+
+    @needs("the-verdict.txt", "tiktoken")
+    def test_the_loss_is_the_mean_over_the_book_s_two_windows(self):
+        with mock.patch.dict(os.environ, {"TIKTOKEN_CACHE_DIR": str(ROOT / "data/tiktoken")}):
+            tokenizer = gpt.load_tokenizer("gpt2")
+        model = gpt.GPTModel({"vocab_size": 50257, "context_length": 256, "emb_dim": 4,
+                              "n_heads": 1, "n_layers": 1, "drop_rate": 0.0, "qkv_bias": True})
+        path = ROOT / "data" / "the-verdict.txt"
+        text, losses = path.read_text(encoding="utf-8"), []
+        ids = tokenizer.encode(text[int(0.9 * len(text)):])
+        for i in range(0, len(ids) - 256, 256):  # GPTDatasetV1's loop
+            logits = model(torch.tensor([ids[i:i + 256]]))[0].detach().double().log_softmax(-1)
+            losses += [-logits[t, target].item() for t, target in enumerate(ids[i + 1:i + 257])]
+        self.assertEqual(len(losses), 512)
+        with mock.patch.object(load_gpt2, "VERDICT", path):
+            self.assertAlmostEqual(load_gpt2.calc_verdict_loss(model, tokenizer),
+                                   np.mean(losses), places=4)
+
+    def test_the_hub_first_then_openai_then_the_book_s_mirror(self):
+        asked = []
+
+        def no_network(url, **_):
+            asked.append(url)
+            raise gpt.requests.exceptions.ConnectionError("Max retries exceeded")
+        with mock.patch("requests.get", no_network):
+            status, _, err = self.run_command("--size", "355M")
+        self.assertEqual(status, 1)
+        self.assertEqual([url.split("/")[2] for url in asked], [
+            "huggingface.co", "openaipublic.blob.core.windows.net", "f001.backblazeb2.com"])
+        self.assertIn("gpt2-medium", asked[0])
+        for url in asked:
+            self.assertIn(f"{url}: no connection", err)
+        self.assertIn(str(Path("data/gpt2/355M/model.safetensors")), err)
+
+    def test_wrong_input_is_a_sentence_and_a_status(self):
+        for argv, status, words in (
+                (["--size", "125M"], 1, "124M, 355M, 774M, 1558M"),
+                (["--from", "nowhere"], 1, "nowhere is not there"),
+                (["--from", self.dir], 1, "neither format"),
+                (["--from", self.hub, "--out", self.tf], 1, "folder"),
+                (["--from", self.hub, "--size", "355M"], 2, "not allowed"),
+                (["--max-new-tokens", "0"], 2, "above 0")):
+            with self.subTest(argv=argv):
+                got, _, err = self.run_command(*argv)
+                self.assertEqual(got, status)
+                self.assertIn(words, err)
+
+    def test_the_script_exits_1_with_one_sentence_and_no_traceback(self):
+        (self.dir / "empty.safetensors").write_bytes(b"")
+        run = subprocess.run([sys.executable, ROOT / "load_gpt2.py", "--from", "empty.safetensors"],
+                             capture_output=True, text=True)
+        self.assertEqual((run.returncode, run.stdout), (1, ""))
+        self.assertRegex(run.stderr, r"^load_gpt2.py: empty.safetensors is empty.*\n$")
+
+
+# ---------------------------------------------------------------------------------------------
+# finetune_classifier.py
+
+CLASSIFIER_CFG = {"vocab_size": 257, "context_length": 64, "emb_dim": 16, "n_heads": 2, "n_layers": 2,
+        "drop_rate": 0.0, "qkv_bias": True, "tie_embeddings": True}
+
+
+def classifier_trunk(seed=1, **changes):
+    torch.manual_seed(seed)
+    model = gpt.GPTModel({**CLASSIFIER_CFG, **changes})
+    for p in model.parameters():  # far from the initial values, so that every part has a say
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def labelled_lines(n=40, classes=("ham", "spam")):
+    """Texts that can be told apart: a line per text, of different lengths."""
+    words = ["meet me at home", "WIN cash NOW 0800", "the weather is mild"]
+    return "".join(f"{name}\t{words[k]} {'x' * (i % 23)} {i}\n"
+                   for i in range(n) for k, name in enumerate(classes))
+
+
+class ClassifierFolder(unittest.TestCase):
+    """An empty folder to work in, with a tiny language model and a small table."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder.name)
+        self.tokenizer = gpt.load_tokenizer("bytes")
+        gpt.save_checkpoint("tiny.pt", classifier_trunk(), self.tokenizer)
+        self.write("data.tsv", labelled_lines())
+
+    def write(self, name, text):
+        data = text if isinstance(text, bytes) else text.encode("utf-8")
+        Path(name).write_bytes(data)
+        return Path(name)
+
+    def main(self, *argv):
+        """Run the script in this process -> what it prints."""
+        argv = list(map(str, argv))
+        if "--classify" not in argv:
+            argv = ["--init", "tiny.pt", "--data", "data.tsv", "--dtype", "float32",
+                    "--device", "cpu", "--epochs", "2", "--lr", "0.01", "--out", "c.pt", *argv]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            clf.main(argv)
+        return out.getvalue()
+
+    def fails(self, *argv):
+        """Run the script, which must end with a UserError of one sentence -> that sentence."""
+        with self.assertRaises(gpt.UserError) as caught:
+            self.main(*argv)
+        return str(caught.exception)
+
+    def weights(self, path):
+        return gpt.load_checkpoint(path, kind="classifier")[0].state_dict()
+
+    def assert_same(self, a, b, tolerance=None):
+        self.assertEqual(a.keys(), b.keys())
+        for name in a:
+            if tolerance is None:
+                self.assertTrue(torch.equal(a[name], b[name]), name)
+            else:
+                torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=0, msg=name)
+
+
+class LabelledTexts(ClassifierFolder):
+    @needs("SMSSpamCollection")
+    def test_sms_file_has_all_its_messages_and_splits_as_in_the_book(self):
+        examples, remarks = clf.read_labelled_texts(ROOT / "data" / "SMSSpamCollection")
+        self.assertEqual(Counter(label for label, _ in examples), {"ham": 4827, "spam": 747})
+        self.assertEqual(remarks, [])
+        balanced = clf.create_balanced_dataset(examples, seed=5)
+        self.assertEqual(Counter(label for label, _ in balanced), {"ham": 747, "spam": 747})
+        parts = clf.random_split(balanced, 0.7, 0.1, seed=5)
+        self.assertEqual([len(part) for part in parts], [1045, 149, 300])
+        self.assertEqual(Counter(sum(parts, [])), Counter(balanced))     # nobody lost or doubled
+        self.assertNotEqual(clf.random_split(balanced, 0.7, 0.1, seed=6), parts)
+
+    def test_csv_quotes_hold_commas_and_line_breaks(self):
+        rows = [("label", "text"), ("a", 'he said "hi",\nthen left'), ("a", "x"), ("b", "y, z")]
+        with open("t.csv", "w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file).writerows(rows)
+        examples, remarks = clf.read_labelled_texts("t.csv")
+        self.assertEqual(examples, rows[1:])
+        self.assertIn("header", remarks[0])
+
+    def test_columns_by_header_by_number_and_by_default(self):
+        self.write("t.tsv", "id\ttext\tstars\n1\tgood\t5\n2\tbad\t1\n3\tfine\t5\n")
+        wanted = [("5", "good"), ("1", "bad"), ("5", "fine")]
+        for columns in (("text", "stars"), ("TEXT", "3"), (None, "stars"), ("2", "3")):
+            self.assertEqual(clf.read_labelled_texts("t.tsv", *columns)[0], wanted)
+        self.write("t.tsv", "no\tx\r\nyes\ty\r\nno\tz \"\r\n")           # no header, CR LF, a quote
+        self.assertEqual(clf.read_labelled_texts("t.tsv"),
+                         ([("no", "x"), ("yes", "y"), ("no", 'z "')], []))
+
+    def test_empty_texts_are_skipped_and_said(self):
+        self.write("data.tsv", "ham\t\nspam\t  \n\n" + labelled_lines())
+        self.assertIn("2 without text or label skipped", self.main())
+
+    def test_bad_tables_are_one_sentence(self):
+        many = labelled_lines()
+        for content, words in (
+                ("", "empty"), (b"\x00\x01\x02" * 99, "not a text file"), (b"\xff\xfe\xfa", "UTF-8"),
+                ("\n\n", "no texts"), ("ham\tx\nspam\n" + many, "line 2: 1 column"),
+                (labelled_lines(classes=("ham",)), "only the class 'ham'"),
+                (many + "eggs\ta\neggs\tb\n", "'eggs' of data.tsv has too few texts to split, 2")):
+            self.write("data.tsv", content)
+            self.assertIn(words, self.fails())
+        Path("data.tsv").unlink()
+        self.assertIn("data.tsv cannot be read (No such file", self.fails())
+        self.write("data.tsv", many)
+        self.assertIn("no column 'stars'", self.fails("--label-column", "stars"))
+        self.assertIn("no column '3'", self.fails("--text-column", "3"))
+        self.assertIn("the same column", self.fails("--text-column", "1", "--label-column", "1"))
+        self.write("q.csv", 'a,"x\nb,y\n')
+        self.assertIn("not valid CSV", self.fails("--data", "q.csv"))
+
+    def test_download_takes_the_expected_file_only_and_tries_the_mirror(self):
+        content = b"ham\thello\n"
+        with zipfile.ZipFile("good.zip", "w") as archive:
+            archive.writestr("../evil", "no")
+            archive.writestr("SMSSpamCollection", content)
+        self.write("bad.zip", "<html>down for maintenance</html>")
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=self.folder)
+        handler.log_message = None
+        with mock.patch.object(http.server.SimpleHTTPRequestHandler, "log_message"), \
+                http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            site, sha = f"http://127.0.0.1:{server.server_port}", hashlib.sha256(content).hexdigest()
+            with contextlib.redirect_stdout(io.StringIO()):
+                path = clf.download_and_unzip_spam_data(
+                    [f"{site}/none.zip", f"{site}/bad.zip", f"{site}/good.zip"],
+                    self.folder / "sub" / "SMSSpamCollection", sha)
+                with self.assertRaises(gpt.UserError) as caught:
+                    clf.download_and_unzip_spam_data(
+                        [f"{site}/none.zip", f"{site}/bad.zip", f"{site}/good.zip"],
+                        self.folder / "other" / "SMSSpamCollection")
+            server.shutdown()
+        self.assertEqual(path.read_bytes(), content)
+        self.assertEqual([p.name for p in path.parent.iterdir()], ["SMSSpamCollection"])
+        self.assertFalse((self.folder / "evil").exists())
+        self.assertRegex(str(caught.exception), "(?s)404.*not the expected archive.*SHA-256")
+
+
+class ClassifierModel(ClassifierFolder):
+    def test_padding_never_changes_a_result(self):
+        """Against the plain model, a row at a time, read at its last token."""
+        texts = ["a", "short text", "a longer text than the others " * 2, "mid length text"]
+        for num_layers in (1, 2):
+            model = classifier_trunk(n_layers=num_layers).eval()
+            gpt.replace_head(model, 3)
+            ids = [torch.tensor(self.tokenizer.encode(text))[:64] for text in texts]
+            with torch.no_grad():
+                truth = torch.stack([model(row[None])[0, -1] for row in ids])
+                x, lengths = clf.pad(ids)
+                wider = torch.cat([x, torch.full((4, 64 - x.shape[1]), 99)], dim=1)
+                for padded in (x, wider):
+                    torch.testing.assert_close(clf.classify_batch(model, padded, lengths), truth)
+                    for depth in range(num_layers + 1):
+                        frozen = clf.run_frozen(model, padded, lengths, depth)
+                        torch.testing.assert_close(
+                            clf.run_rest(model, frozen, lengths, depth), truth)
+            probs = clf.classify_texts(texts, model, self.tokenizer, "cpu")
+            torch.testing.assert_close(probs, truth.softmax(dim=-1))
+            self.assertEqual(clf.classify_review(texts[1], model, self.tokenizer, "cpu", "xyz"),
+                             "xyz"[int(truth[1].argmax())])
+
+    def test_the_run_is_the_book_s_plain_loop_on_the_whole_model(self):
+        """Frozen part kept, computed afresh, and the simple loop: the same weights."""
+        # A bias of the keys moves all scores of a query alike and so changes nothing; its gradient
+        # is rounding, which AdamW makes as large as any other. Hence a model without it.
+        gpt.save_checkpoint("tiny.pt", classifier_trunk(qkv_bias=False), self.tokenizer)
+        parts = clf.random_split(clf.create_balanced_dataset(
+            clf.read_labelled_texts("data.tsv")[0], 123), seed=123)
+        train, val = (clf.SpamDataset(p, self.tokenizer, 64) for p in parts[:2])
+        for mode in ("head", "last-block", "all", "lora"):
+            self.main("--train", mode, "--max-steps", 10)
+            with mock.patch.object(clf, "compute_frozen", side_effect=AssertionError):
+                text = self.main("--train", mode, "--max-steps", 10, "--keep-limit", 0,
+                                 "--out", "afresh.pt")
+            self.assertEqual("computed in every epoch" in text, mode in ("head", "last-block"))
+            self.assert_same(self.weights("c.pt"), self.weights("afresh.pt"), 1e-4)
+
+            model = gpt.load_checkpoint("tiny.pt")[0]
+            torch.manual_seed(123)
+            gpt.replace_head(model, 2)
+            clf.freeze(model, mode)
+            order = [clf.texts_of_step(step, len(train), {"batch_size": 8, "grad_accum": 1,
+                                                         "seed": 123}) for step in range(10)]
+            loader = torch.utils.data.DataLoader(train, batch_sampler=order[:7],
+                                                 collate_fn=clf.collate)
+            rest = torch.utils.data.DataLoader(train, batch_sampler=order[7:],
+                                               collate_fn=clf.collate)
+            val_loader = torch.utils.data.DataLoader(val, batch_size=3, collate_fn=clf.collate)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                          lr=0.01, weight_decay=0.1)
+            with contextlib.redirect_stdout(io.StringIO()):
+                seen = [clf.train_classifier_simple(model, part, val_loader, optimizer, "cpu", 1,
+                                                    5, None)[-1] for part in (loader, rest)]
+            self.assertEqual(seen, [56, 24])
+            gpt.merge_lora(model)
+            kept = gpt.load_checkpoint("c.pt", kind="classifier")[2]["best"]
+            if kept["step"] == 10:
+                self.assert_same(self.weights("c.pt"), model.state_dict(), 1e-4)
+
+    def test_what_is_frozen_stays_and_a_tied_embedding_is_kept(self):
+        start = gpt.load_checkpoint("tiny.pt")[0].state_dict()
+        learns = {"head": r"out_head", "last-block": r"out_head|final_norm|trf_blocks\.1",
+                  "lora": r"out_head|trf_blocks.*(W_\w+|out_proj|layers\.\d)\.weight", "all": ""}
+        for mode, pattern in learns.items():
+            self.main("--train", mode)
+            for name, value in self.weights("c.pt").items():
+                same = name in start and torch.equal(start[name], value)
+                self.assertEqual(same, not re.match(pattern, name), f"{mode}: {name}")
+
+    def test_texts_longer_than_the_context_are_cut_and_counted(self):
+        data = clf.SpamDataset([("ham", "y" * 64), ("spam", "y" * 65)], self.tokenizer, 64)
+        self.assertEqual((data.num_cut, [len(row) for row in data.ids]), (1, [64, 64]))
+        self.write("data.tsv", labelled_lines() + f"ham\t{'long ' * 20}\n" * 10)
+        self.assertIn("10 of all are cut to 64 tokens", self.main("--no-balance"))
+
+    def test_accuracy_is_counted_over_all_batches(self):
+        model = classifier_trunk()
+        gpt.replace_head(model, 2)
+        data = clf.SpamDataset([line.split("\t") for line in labelled_lines(5).split("\n")[:-1]],
+                               self.tokenizer, 64)
+        loader = torch.utils.data.DataLoader(data, batch_size=4, collate_fn=clf.collate)
+        with torch.no_grad():
+            right = [int(model(row[None])[0, -1].argmax()) == int(label) for row, label in data]
+        self.assertEqual(clf.calc_accuracy_loader(loader, model, "cpu"), sum(right) / 10)
+        self.assertEqual(clf.calc_accuracy_loader(loader, model, "cpu", 1), sum(right[:4]) / 4)
+
+
+class ClassifierRuns(ClassifierFolder):
+    def test_a_killed_run_resumed_ends_as_an_uninterrupted_one(self):
+        """With dropout and every part that can train; killed right after a save, twice."""
+        gpt.save_checkpoint("tiny.pt", classifier_trunk(drop_rate=0.2), self.tokenizer)
+        for mode in ("head", "last-block", "all", "lora"):
+            argv = ["--train", mode, "--epochs", 3, "--eval-every", 5, "--grad-accum", 2,
+                    "--batch-size", 4]
+            self.main(*argv, "--out", "whole.pt")
+            whole = gpt.load_checkpoint("whole.pt", kind="classifier")
+            save, saves = torch.save, []
+
+            class Killed(BaseException):
+                pass
+
+            def save_then_die(content, path):
+                save(content, path)
+                if "optimizer" in content:
+                    os.replace(path, "cut-resume.pt")    # what write_atomically was about to do
+                    saves.append(content["step"])
+                    raise Killed
+
+            with mock.patch.object(torch, "save", save_then_die):
+                for resume in ([], ["--resume"]):
+                    with self.assertRaises(Killed):
+                        self.main(*argv, "--out", "cut.pt", *resume)
+            self.assertEqual(saves, [5, 10])
+            self.main(*argv, "--out", "cut.pt", "--resume")
+            cut = gpt.load_checkpoint("cut.pt", kind="classifier")
+            self.assert_same(whole[0].state_dict(), cut[0].state_dict())
+            self.assertEqual(whole[2], cut[2])
+            self.assertEqual(Path("whole.csv").read_text(), Path("cut.csv").read_text())
+            self.assertFalse(Path("cut-resume.pt").exists())
+        self.assertIn("finished result", self.main(*argv, "--out", "cut.pt", "--resume"))
+        self.assertIn("another --lr (0.01, now 0.5)",
+                      self.fails(*argv, "--out", "cut.pt", "--resume", "--lr", 0.5))
+        self.write("data.tsv", labelled_lines(classes=("no", "yes")))
+        self.assertIn("another set of classes (['ham', 'spam'], now ['no', 'yes'])",
+                      self.fails(*argv, "--out", "cut.pt", "--resume"))
+
+    def test_ctrl_c_saves_the_step(self):
+        with mock.patch.object(clf.CtrlC, "pressed", True, create=True), \
+                mock.patch.object(clf.CtrlC, "__enter__", lambda self: self), \
+                mock.patch.object(clf.CtrlC, "__exit__", lambda *_: None):
+            with self.assertRaises(KeyboardInterrupt):
+                self.main()
+        self.assertEqual(torch.load("c-resume.pt", weights_only=True)["step"], 1)
+        self.main("--resume")
+        self.main("--out", "whole.pt")
+        self.assert_same(self.weights("c.pt"), self.weights("whole.pt"))
+
+    def test_a_loss_that_is_not_finite_stops_the_run(self):
+        self.assertIn("Try a lower --lr", self.fails("--lr", "1e30", "--train", "all"))
+
+    def test_report_follows_from_the_confusion_matrix(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            clf.print_report(["ham", "spam"], {"confusion": [[90, 10], [5, 45]], "majority": 0})
+        for words in ("90.0% of 150 texts", "66.7% for always answering 'ham'", "94.7%", "81.8%"):
+            self.assertIn(words, out.getvalue())
+        # Newcombe 1998, table I: 81 of 263, Wilson's interval.
+        low, high = clf.wilson_interval(81, 263)
+        self.assertEqual((round(low, 4), round(high, 4)), (0.2553, 0.3662))
+        self.assertAlmostEqual(clf.wilson_interval(300, 300)[1], 1.0)
+
+    def test_three_classes_learn_and_travel_to_classify(self):
+        self.write("data.tsv", labelled_lines(classes=("no", "maybe so", "ja")))
+        text = self.main("--seeds", 2)
+        self.assertRegex(text, r"2 seeds: test accuracy \d")
+        self.assertTrue(Path("c-seed124.pt").exists())
+        self.assertEqual(gpt.load_checkpoint("c.pt", kind="classifier")[2]["class_names"],
+                         ["ja", "maybe so", "no"])
+        lines = ["meet me at home xx 3", "", "WIN cash NOW 0800 xxxx 1", "é" * 99]
+        texts = [line for line in lines if line]
+        model = gpt.load_checkpoint("c.pt", kind="classifier")[0].eval()
+        with torch.no_grad():
+            truth = [model(gpt.text_to_token_ids(text, self.tokenizer)[:, :64])[0, -1].softmax(0)
+                     for text in texts]
+        wanted = [f"{['ja', 'maybe so', 'no'][int(p.argmax())]}\t{p.max():.3f}\t{text}"
+                  for p, text in zip(truth, texts)]
+        with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()))), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            text = self.main("--classify", "--dtype", "float32", "--out", "c.pt")
+        self.assertEqual(text.split("\n")[:-1], wanted)
+        self.assertIn("1 empty", err.getvalue())
+        argv = [word for text in texts for word in ("--classify", text)]
+        self.assertEqual(self.main(*argv, "--dtype", "float32", "--out", "c.pt"),
+                         "\n".join(wanted) + "\n")
+
+    def test_bad_checkpoints_are_one_sentence(self):
+        self.assertIn("python finetune_classifier.py", self.fails("--classify", "x", "--out", "c.pt"))
+        self.assertIn("no checkpoint none.pt", self.fails("--init", "none.pt"))
+        self.write("cut.pt", Path("tiny.pt").read_bytes()[:999])
+        self.assertIn("cut short", self.fails("--init", "cut.pt"))
+        self.main()
+        self.assertIn("holds a classifier", self.fails("--init", "c.pt", "--out", "d.pt"))
+        self.write("d-resume.pt", b"nonsense")
+        self.assertIn("not the state of a run", self.fails("--resume", "--out", "d.pt"))
+        with self.assertRaises(gpt.UserError) as caught:
+            clf.main(["--data", "data.tsv"])
+        self.assertRegex(str(caught.exception), "python load_gpt2.py.*python pretrain.py")
+
+    def test_the_script_itself_trains_and_fails_in_a_sentence(self):
+        base = [sys.executable, ROOT / "finetune_classifier.py", "--init", "tiny.pt"]
+        done = subprocess.run([*base, "--data", "data.tsv", "--epochs", "1"], text=True,
+                              capture_output=True)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertRegex(done.stdout, r"(?s)ham.*epoch +1 .*test .*baseline .*Next: python")
+        failed = subprocess.run([*base, "--data", "none.tsv"], text=True, capture_output=True)
+        self.assertEqual((failed.returncode, failed.stdout), (1, ""))
+        self.assertRegex(failed.stderr, r"^finetune_classifier.py: none.tsv cannot be read.*\n$")
+
+
+# ---------------------------------------------------------------------------------------------
+# finetune_instruct.py
+
+RECORDS = [{"instruction": f"Say {word}", "input": "now" if i % 3 else "", "output": word * (i % 4)}
+           for i, word in enumerate(["one", "two", "three", "four", "five", "six"] * 5, 1)]
+
+
+class FakeOllama(http.server.BaseHTTPRequestHandler):
+    """A judge that answers from a list of replies: a text, or a function of the handler."""
+
+    replies, questions = [], []
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, body, status=200):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.send(b'{"models": [{"name": "llama3:latest"}]}')
+
+    def do_POST(self):
+        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.questions.append(question)
+        reply = self.replies.pop(0)
+        if callable(reply):
+            return reply(self)
+        pieces = [{"message": {"content": c}, "done": False} for c in reply]
+        pieces.append({"message": {"content": ""}, "done": True})
+        self.send("".join(json.dumps(p) + "\n" for p in pieces).encode())
+
+
+class TestInstructionData(InFolder):
+    def setUp(self):
+        super().setUp()
+        self.tokenizer = gpt.load_tokenizer("bytes")
+
+    def read(self, text, name="records.json"):
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return instruct.read_records(name)
+
+    def test_collate_gives_the_documented_example(self):
+        inputs, targets = instruct.custom_collate_fn([[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]])
+        self.assertEqual(inputs.tolist(), [[0, 1, 2, 3, 4], [5, 6, 50256, 50256, 50256],
+                                           [7, 8, 9, 50256, 50256]])
+        self.assertEqual(targets.tolist(), [[1, 2, 3, 4, 50256], [6, 50256, -100, -100, -100],
+                                            [8, 9, 50256, -100, -100]])
+
+    def test_an_end_of_text_inside_a_record_is_not_padding(self):
+        _, targets = instruct.custom_collate_fn([[1, 9, 9, 2], [3]], pad_token_id=9)
+        self.assertEqual(targets.tolist(), [[9, 9, 2, 9], [9, -100, -100, -100]])
+
+    def test_masking_and_cutting_leave_each_row_a_target(self):
+        rows = [[1, 2, 3, 4, 5, 6], [7, 8]]
+        _, targets = instruct.custom_collate_fn(rows, 0, prompt_lengths=[4, 1])
+        self.assertEqual(targets.tolist(), [[-100, -100, -100, 5, 6, 0],
+                                            [8, 0, -100, -100, -100, -100]])
+        for length in range(1, 7):
+            _, targets = instruct.custom_collate_fn(rows, 0, -100, length, prompt_lengths=[5, 2])
+            self.assertEqual(targets.shape[1], length)
+            self.assertTrue((targets != -100).any(dim=1).all())
+
+    def test_prompts_are_the_books_text(self):
+        entry = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+        self.assertEqual(instruct.format_input(entry),
+                         "Below is an instruction that describes a task. Write a response that "
+                         "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+                         "### Input:\n1, 2")
+        self.assertEqual(instruct.format_input({**entry, "input": ""}, "phi3"), "<|user|>\nAdd.")
+        dataset = instruct.InstructionDataset([entry], self.tokenizer)
+        text = self.tokenizer.decode(dataset[0])
+        self.assertEqual(text, instruct.format_input(entry) + "\n\n### Response:\n3")
+        self.assertEqual(text[dataset.prompt_lengths[0]:], "3")
+
+    @needs("instruction-data.json", "tiktoken")
+    def test_the_books_records_split_and_encode_as_the_book_does(self):
+        records = instruct.read_records(ROOT / "data" / "instruction-data.json")
+        self.assertEqual([len(part) for part in instruct.split_records(records)], [935, 110, 55])
+        tokenizer = tiktoken.get_encoding("gpt2")
+        for entry, ids in zip(records, instruct.InstructionDataset(records, tokenizer)):
+            self.assertEqual(ids, tokenizer.encode(
+                instruct.format_input(entry) + "\n\n### Response:\n" + entry["output"]))
+
+    def test_lines_and_messages_are_read_too(self):
+        expected = {"instruction": "Be kind.\n\nHi", "input": "", "output": "Hello"}
+        messages = {"messages": [{"role": "system", "content": "Be kind."},
+                                 {"role": "user", "content": "Hi"},
+                                 {"role": "assistant", "content": "Hello"}]}
+        lines = json.dumps(messages) + "\n\n" + json.dumps({**expected, "input": None}) + "\n"
+        self.assertEqual(self.read(lines, "records.jsonl"), [expected, expected])
+
+    def test_bad_records_are_named(self):
+        good = '{"instruction": "a", "output": "b"}'
+        for text, words in [
+                ('[{"instruction": "a",\n "output": }]', "line 2, column 12"),
+                ("", "empty"), ("[]", "empty list"), ("{}", "no list"), ("[1]", "record 0"),
+                (f'[{good}, {{"output": "b"}}]', "record 1 (the first is 0) has no instruction"),
+                (f'[{good}, {{"instruction": "b"}}]', "record 1 (the first is 0) has no output"),
+                (f'[{good}, {{"instruction": "a", "output": 5}}]', "its output is 5, not text"),
+                ('[{"messages": [{"role": "user", "content": "a"}]}]', "messages must"),
+                ("[" * 100000, "not JSON"), ("1" * 5000, "not JSON"), (b"\xff\xfe[]", "UTF-8")]:
+            with self.subTest(text=text[:50]), self.assertRaises(UserError) as caught:
+                self.read(text)
+            self.assertIn(words, str(caught.exception))
+        with self.assertRaisesRegex(UserError, "line 3, column 1"):
+            self.read(f"{good}\n\nx\n", "records.jsonl")
+        with self.assertRaisesRegex(UserError, "nothere.json cannot be read"):
+            instruct.read_records("nothere.json")
+
+    def test_an_epoch_has_each_record_once_in_batches_of_like_length(self):
+        lengths = np.random.default_rng(0).integers(20, 100, size=935)
+        settings = {"seed": 1, "batch_size": 8, "grad_accum": 1}
+        plan = instruct.plan_epoch(0, lengths, settings)
+        self.assertEqual(len(plan), 117)
+        self.assertEqual(sorted(np.concatenate(plan)), list(range(935)))
+        padded = sum(len(rows) * max(lengths[rows]) for rows in plan)
+        self.assertLess(padded, 1.05 * lengths.sum())
+        again = instruct.plan_epoch(0, lengths, settings)
+        self.assertTrue(all((a == b).all() for a, b in zip(plan, again)))
+        other = instruct.plan_epoch(1, lengths, settings)
+        self.assertFalse(all(set(a) == set(b) for a, b in zip(plan, other)))
+
+
+class TestInstructionTraining(InFolder):
+    def setUp(self):
+        super().setUp()
+        self.tokenizer = gpt.load_tokenizer("bytes")
+        self.model = tiny_model(context_length=64)
+        gpt.save_checkpoint("tiny.pt", self.model, self.tokenizer)
+        Path("records.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+        self.settings = {"batch_size": 8, "grad_accum": 1, "seed": 0, "mask_prompt": True,
+                         "pad_token_id": 256, "context_length": 64, "dtype": "float32"}
+        self.dataset = instruct.InstructionDataset(RECORDS, self.tokenizer, "phi3")
+
+    def run_script(self, *argv, expect=0):
+        status, out, err = call(instruct.main, "--init", "tiny.pt", "--data", "records.json",
+                                "--prompt-style", "phi3", "--dtype", "float32", "--lr", "0.01",
+                                "--max-new-tokens", "8", *argv)
+        self.assertEqual(status, expect, out + err)
+        return out if expect == 0 else err
+
+    def test_unequal_micro_batches_equal_one_batch(self):
+        gradients = []
+        for batch_size in (8, 3):
+            self.model.zero_grad()
+            loss = instruct.accumulate_gradients(
+                self.model, self.dataset, np.arange(8), {**self.settings, "batch_size": batch_size},
+                "cpu")
+            gradients.append([loss, *(p.grad.clone() for p in self.model.parameters())])
+        torch.testing.assert_close(*gradients)
+
+    def test_the_loss_is_that_of_the_answer_tokens_alone(self):
+        losses = instruct.record_losses(self.model, self.dataset, self.settings, "cpu", True)
+        for i in (0, 3, 4):  # the fourth answer is empty: its end of text is still a target
+            prompt = self.tokenizer.encode(instruct.format_input(RECORDS[i], "phi3")
+                                           + "\n<|assistant|>\n")
+            answer = [*self.tokenizer.encode(RECORDS[i]["output"]), 256]
+            ids = torch.tensor([prompt + answer])
+            with torch.no_grad():
+                log_probs = self.model(ids[:, :-1])[0].log_softmax(dim=-1)
+            expected = -sum(log_probs[len(prompt) - 1 + k, t] for k, t in enumerate(answer))
+            self.assertAlmostEqual(float(losses[i, 0]), float(expected), places=3)
+            self.assertEqual(int(losses[i, 1]), len(answer))
+
+    def test_a_killed_run_resumed_equals_one_that_was_not(self):
+        class Killed(BaseException):
+            pass
+
+        for train in ("all", "lora"):
+            args = ["--no-responses", "--eval-every", "2", "--epochs", "2", "--grad-accum", "2",
+                    "--batch-size", "4", "--train", train]
+            self.run_script(*args, "--out", f"{train}-a.pt")
+            real, calls = instruct.accumulate_gradients, []
+
+            def die_later(*arguments):
+                calls.append(1)
+                if len(calls) == 6:
+                    raise Killed
+                return real(*arguments)
+
+            with mock.patch.object(instruct, "accumulate_gradients", die_later):
+                with self.assertRaises(Killed):
+                    self.run_script(*args, "--out", f"{train}-b.pt")
+            out = self.run_script(*args, "--out", f"{train}-b.pt", "--resume")
+            self.assertIn("from step 4", out)
+            a, b = (torch.load(f"{train}-{x}.pt", weights_only=True) for x in "ab")
+            for part in ("model", "unmerged", "optimizer", "best", "step"):
+                torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
+            self.assertEqual(*(Path(f"{train}-{x}.csv").read_text("utf-8") for x in "ab"))
+            start = torch.load("tiny.pt", weights_only=True)["model"]
+            self.assertFalse(torch.equal(a["model"]["trf_blocks.0.ff.layers.0.weight"],
+                                         start["trf_blocks.0.ff.layers.0.weight"]))
+
+    def test_lora_begins_with_no_change_and_merges_into_the_same_function(self):
+        ids = torch.randint(0, 257, (2, 9))
+        with torch.no_grad():
+            before = self.model(ids)
+            instruct.add_lora(self.model, {"lora_rank": 4, "lora_alpha": 8})
+            self.assertTrue(torch.equal(self.model(ids), before))
+            for name, p in self.model.named_parameters():
+                self.assertEqual(p.requires_grad, ".lora." in name)
+                if name.endswith(".lora.B"):
+                    p.normal_(std=0.1)
+            merged = instruct.plain_model(self.model)
+            self.assertEqual(set(merged.state_dict()), set(tiny_model().state_dict()))
+            torch.testing.assert_close(merged(ids), self.model(ids), rtol=0, atol=1e-5)
+            self.assertGreater(float((merged(ids) - before).abs().max()), 0.01)
+
+    def test_answers_in_batches_are_those_of_one_prompt_alone(self):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            self.model = GPTModel(self.model.cfg).eval()
+            # About one token in ten is the end, so that rows end at different places.
+            self.model.out_head.weight.data[256] += 0.07 * self.model.out_head.weight.data.sum(0)
+            together = [dict(record) for record in RECORDS[:16]]
+            instruct.generate_responses(self.model, self.tokenizer, together, "phi3", 20, 5)
+            for entry in together:
+                prompt = gpt.text_to_token_ids(
+                    instruct.format_input(entry, "phi3") + "\n<|assistant|>\n", self.tokenizer)
+                steps = min(20, 64 - prompt.shape[1])
+                new = generate_text_simple(self.model, prompt, steps, 64)[0, prompt.shape[1]:]
+                new = new.tolist()
+                new = new[:new.index(256)] if 256 in new else new
+                self.assertEqual(entry["model_response"], self.tokenizer.decode(new).strip())
+
+    def test_a_run_answers_scores_and_is_asked(self):
+        out = self.run_script("--out", "i.pt", "--epochs", "3")
+        entries = json.loads(Path("i-responses.json").read_text(encoding="utf-8"))
+        self.assertEqual([e["output"] for e in entries], [r["output"] for r in RECORDS[25:28]])
+        self.assertTrue(all(isinstance(e["model_response"], str) for e in entries))
+        scores = json.loads(Path("i-scores.json").read_text(encoding="utf-8"))
+        self.assertAlmostEqual(scores["perplexity"], math.exp(scores["response_loss"]))
+        self.assertIn(f"token F1 {scores['token_f1']:.3f}", out)
+        status, out, _ = call(instruct.main, "--out", "i.pt", "--ask", entries[0]["instruction"],
+                              "--input", entries[0]["input"], "--dtype", "float32")
+        self.assertEqual((status, out.strip()), (0, entries[0]["model_response"]))
+        with mock.patch("builtins.input", side_effect=["Say one", "x" * 99, "/reset", EOFError]):
+            with mock.patch.object(sys, "stdin", mock.Mock()):
+                status, out, _ = call(instruct.main, "--out", "i.pt", "--chat")
+        self.assertEqual(status, 0)
+        self.assertIn("more than the context of 64", out)
+
+    def test_token_f1_written_out(self):
+        self.assertAlmostEqual(instruct.token_f1("The cat sat.", "the cat sat down"), 6 / 7)
+        self.assertEqual(instruct.token_f1("a a", "b"), 0.0)
+        self.assertEqual(instruct.token_f1("", "b"), 0.0)
+        self.assertEqual(instruct.token_f1("?", "?"), 1.0)
+
+    def test_records_longer_than_the_context_are_counted(self):
+        records = RECORDS + [{"instruction": "x" * 60, "input": "", "output": "y"},
+                             {"instruction": "x" * 20, "input": "", "output": "y" * 60}] * 10
+        Path("records.json").write_text(json.dumps(records), encoding="utf-8")
+        out = self.run_script("--out", "i.pt", "--max-steps", "1")
+        self.assertIn("10 lose the end of the answer, 10 have no room", out)
+        Path("records.json").write_text(json.dumps(records[30:31] * 9), encoding="utf-8")
+        self.assertIn("at least one of each", self.run_script("--out", "j.pt", expect=1))
+
+    def test_wrong_use_is_one_sentence(self):
+        for argv, status, words in [
+                (["--input", "x"], 2, "goes with --ask"), (["--chat", "--ask", "x"], 2, "not"),
+                (["--judge", "x", "--no-responses"], 2, "nothing to judge"),
+                (["--ask", "x", "--out", "none.pt"], 1, "no checkpoint none.pt to talk to"),
+                (["--ask", "x" * 99, "--out", "tiny.pt"], 1, "ask it shorter"),
+                (["--init", "records.json"], 1, "not a checkpoint"), ([], 1, "load_gpt2.py"),
+                (["--out", "tiny.pt", "--resume", "--data", "records.json", "--prompt-style",
+                  "phi3"], 1, "not a run of finetune_instruct.py"),
+                (["--judge", "x", "--judge-url", "http://localhost:1"], 1, "ollama serve"),
+                (["--judge", "x", "--judge-url", "nonsense"], 1, "is not an address")]:
+            with self.subTest(argv=argv):
+                actual, out, err = call(instruct.main, *argv)
+                self.assertEqual(actual, status, out + err)
+                self.assertIn(words, err)
+                self.assertEqual(err.strip().count("\n"), 0)
+
+    def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(self):
+        self.run_script("--out", "i.pt", "--max-steps", "2", "--no-responses")
+        before = Path("i.pt").read_bytes()
+        with mock.patch.object(instruct, "accumulate_gradients", return_value=math.nan):
+            err = self.run_script("--out", "i.pt", "--resume", "--no-responses", expect=1)
+        self.assertIn("the loss is nan at step 3", err)
+        self.assertEqual(Path("i.pt").read_bytes(), before)
+
+
+class TestJudge(InFolder):
+    def setUp(self):
+        super().setUp()
+        self.server = http.server.ThreadingHTTPServer(("localhost", 0), FakeOllama)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        self.base = f"http://localhost:{self.server.server_port}"
+        self.url = self.base + "/api/chat"
+        FakeOllama.replies, FakeOllama.questions = [], []
+
+    def test_the_question_is_the_books_and_the_first_integer_counts(self):
+        FakeOllama.replies[:] = ["87", "Score: 40/100", "very good", "1000"]
+        entries = [{"instruction": "Add.", "input": "", "output": "3", "answer": f"{i}"}
+                   for i in range(4)] + [{"instruction": "", "output": "", "answer": ""}]
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            scores = instruct.generate_model_scores(entries, "answer", url=self.url)
+        self.assertEqual(scores, [87, 40, 0])
+        self.assertIn("'very good'", out.getvalue())
+        self.assertIn("2 of 5 replies", out.getvalue())
+        question = FakeOllama.questions[0]
+        self.assertEqual(question["options"], {"seed": 123, "temperature": 0, "num_ctx": 2048})
+        self.assertEqual(question["messages"][0]["content"],
+                         f"Given the input `{instruct.format_input(entries[0])}` and correct "
+                         "output `3`, score the model response `0` on a scale from 0 to 100, where "
+                         "100 is the best score. Respond with the integer number only.")
+
+    def test_each_failure_is_a_sentence(self):
+        def drop(handler):
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            handler.wfile.write(b'{"message": {"content": "8"}, "done": false}\n')
+
+        for reply, words in [
+                (lambda h: time.sleep(1), "sent nothing for 0.3 s"), (drop, "broke off"),
+                (lambda h: h.send(b'{"message": {"content": "8"}}\n'), "broke off"),
+                (lambda h: h.send(b'{"error": "out of memory"}', 500), "reports: out of memory"),
+                (lambda h: h.send(b'{"message": \n'), "no answer of Ollama"),
+                (lambda h: h.send(b"[1]\n"), "no answer of Ollama"),
+                (lambda h: h.send(b"<html>", 502), "<html>")]:
+            FakeOllama.replies[:] = [reply]
+            with self.subTest(words), self.assertRaisesRegex(UserError, words):
+                instruct.query_model("?", url=self.url, timeout=0.3)
+        with self.assertRaisesRegex(UserError, "ollama pull phi3 .it has: llama3:latest"):
+            instruct.find_judge("phi3", self.url)
+
+    def test_a_failure_loses_no_answer_and_no_score(self):
+        model = tiny_model(context_length=64)
+        model.final_norm.shift.data.fill_(1.0)
+        model.out_head.weight.data[65] = 5.0  # it answers AAA
+        gpt.save_checkpoint("tiny.pt", model, gpt.load_tokenizer("bytes"))
+        Path("records.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+        args = ["--init", "tiny.pt", "--data", "records.json", "--prompt-style", "phi3", "--out",
+                "i.pt", "--max-steps", "1", "--max-new-tokens", "3", "--lr", "1e-6", "--judge",
+                "llama3", "--judge-url", self.base]
+        FakeOllama.replies[:] = ["11", lambda h: h.send(b'{"error": "out of memory"}', 500)]
+        status, _, err = call(instruct.main, *args)
+        self.assertEqual(status, 1)
+        self.assertIn("out of memory", err)
+        first = json.loads(Path("i-responses.json").read_text(encoding="utf-8"))
+        self.assertEqual([e.get("judge", {}).get("score") for e in first], [11, None, None])
+        self.assertEqual([e["model_response"] for e in first], ["AAA"] * 3)
+        FakeOllama.replies[:] = ["22", "33"]
+        status, out, err = call(instruct.main, *args, "--resume")
+        self.assertEqual(status, 0, err)
+        self.assertIn("22.00 of 100, mean of 3 of 3", out)
+        second = json.loads(Path("i-responses.json").read_text(encoding="utf-8"))
+        self.assertEqual([e["judge"]["score"] for e in second], [11, 22, 33])
+
+
+# ---------------------------------------------------------------------------------------------
+# All scripts
+
 class TestScripts(unittest.TestCase):
-    def test_help_names_every_default_and_every_script_answers(self):
-        for script in ("gpt.py", "tokenizer.py", "pretrain.py", "load_gpt2.py",
-                       "finetune_classifier.py", "finetune_instruct.py"):
-            done = subprocess.run([sys.executable, str(ROOT / script), "--help"],
+    def test_every_script_answers_help(self):
+        for script in ("gpt", "tokenizer", "pretrain", "load_gpt2", "finetune_classifier",
+                       "finetune_instruct"):
+            done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"],
                                   capture_output=True, text=True, timeout=60)
             self.assertEqual((done.returncode, done.stderr), (0, ""), script)
             self.assertIn("usage:", done.stdout)
+
+    def test_a_stage_imports_nothing_of_ours_but_gpt(self):
+        ours = {path.stem for path in ROOT.glob("*.py")} - {"gpt"}
+        for script in ROOT.glob("*.py"):
+            if script.name == "test_all.py":
+                continue
+            words = re.findall(r"^\s*(?:from|import) (\w+)", script.read_text(encoding="utf-8"), re.M)
+            self.assertFalse(ours & set(words), script.name)
 
 
 if __name__ == "__main__":
