@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from gpt import (
     ArgumentParser, CtrlC, Metrics, Progress, UserError, add_training_arguments, autocast,
@@ -827,7 +827,8 @@ def main(argv=None):
         accuracies.append(int(confusion.trace()) / int(confusion.sum()))
     if args.seeds > 1:
         print(f"\n{args.seeds} seeds: test accuracy {np.mean(accuracies):.1%} on average, standard "
-              f"deviation {100 * np.std(accuracies, ddof=1):.1f} points, from {min(accuracies):.1%} to "
+              f"deviation {100 * np.std(accuracies, ddof=1):.1f} points, from "
+              f"{min(accuracies):.1%} to "
               f"{max(accuracies):.1%}")
     print(f"\nNext: python finetune_classifier.py --out {args.out} --classify \"Call now!\"")
 

@@ -763,6 +763,12 @@ def load_checkpoint(path, device="cpu", kind="language model"):
 # ---------------------------------------------------------------------------------------------
 # Downloads.
 
+VERDICT = Path("data") / "the-verdict.txt"  # the book's training text, by Edith Wharton (1908)
+VERDICT_ADDRESS = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
+                   "01_main-chapter-code/the-verdict.txt")
+VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+
+
 def download(urls, path, sha256=None, timeout=30):
     """Make sure that the file `path` is there; return it as a Path.
 

@@ -29,9 +29,11 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from gpt import (GPT2_SIZES, GPT_CONFIG_124M, ArgumentParser, GPTModel, UserError, allocate,
-                 check_output, decode_stream, download, generate_stream, human, load_tokenizer,
-                 positive_int, run_main, save_checkpoint, shapes_only, text_to_token_ids)
+from gpt import (
+    GPT2_SIZES, GPT_CONFIG_124M, VERDICT, VERDICT_ADDRESS, VERDICT_SHA256, ArgumentParser, GPTModel,
+    UserError, allocate, check_output, decode_stream, download, generate_stream, human,
+    load_tokenizer, positive_int, printable, run_main, save_checkpoint, shapes_only,
+    text_to_token_ids)
 
 LARGEST_HEADER = 1 << 20  # bytes; GPT-2 1558M needs a tenth of it. Bounds what a bad file can cost
 
@@ -609,10 +611,6 @@ def download_and_load_gpt2(model_size, models_dir):
 # ---------------------------------------------------------------------------------------------
 # python load_gpt2.py: fetch, convert, and show that the weights are right.
 
-VERDICT = Path("data") / "the-verdict.txt"  # the book's training text, by Edith Wharton (1908)
-VERDICT_ADDRESS = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
-                   "01_main-chapter-code/the-verdict.txt")
-VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 PROMPT = "Every effort moves you"
 
 
@@ -658,7 +656,7 @@ def demonstrate(model, tokenizer, size, prompt, max_new_tokens):
     tokens = (int(row[0]) for row in generate_stream(
         model, idx, max_new_tokens, model.cfg["context_length"], eos_id=tokenizer.eot_token))
     for piece in decode_stream((t for t in tokens if t != tokenizer.eot_token), tokenizer):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print()
     if size == "124M" and prompt == PROMPT:
         print("\n(the book, section 6.4: Every effort moves you forward. / The first step is to "

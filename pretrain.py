@@ -34,14 +34,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from gpt import (
-    GPT2_SIZES, GPT_CONFIG_124M, ArgumentParser, CtrlC, GPTModel, Metrics, Progress, UserError,
+    GPT2_SIZES, GPT_CONFIG_124M, VERDICT, VERDICT_ADDRESS, VERDICT_SHA256, ArgumentParser, CtrlC,
+    GPTModel, Metrics, Progress, UserError,
     add_training_arguments, autocast, check_output, download, generate, generate_text_simple,
     load_checkpoint, load_tokenizer, pick_device, pick_dtype, positive_int,
     printable, read_text_pieces, run_main, save_checkpoint, text_to_token_ids, token_ids_to_text,
     tokenizer_spec, write_atomically)
 
-SMALL = {"vocab_size": None, "context_length": 256, "emb_dim": 192, "n_heads": 3, "n_layers": 4,
-         "drop_rate": 0.0, "qkv_bias": False, "tie_embeddings": True}
+SMALL = {"vocab_size": None,  # the tokenizer's
+         "context_length": 256, "emb_dim": 128, "n_heads": 2, "n_layers": 4, "drop_rate": 0.0,
+         "qkv_bias": False, "tie_embeddings": True}
+# Measured: validation loss of `quick`, in nats per byte, on two cores. In equal time, 4 blocks of
+# width 128 reach 1.22, 3 of 192 1.23, 6 of 128 and 4 of 192 1.30. Four of 192 reach 1.49 with Muon
+# and 2.02 with AdamW in 400 steps; 1.34 with waves as positions (600 steps), 1.64 without (540).
 
 PRESETS = {
     # Every number here is a starting point to play with; most have a flag of the same name.
@@ -53,13 +58,13 @@ PRESETS = {
         "batch_size": 4,             # rows of context_length tokens in a batch
         "grad_accum": 1,             # batches whose gradients are added up for one step
         "epochs": None,              # passes over the text; None: as many as max_steps takes
-        "max_steps": 1000,           # optimizer steps
+        "max_steps": 1200,           # optimizer steps
         "lr": 0.02,                  # learning rate at its peak
         "warmup_steps": 50,          # steps in which it rises from 0, at most a tenth of all
         "final_lr_share": 0.0,       # what is left of it at the end; 1 keeps it constant
         "weight_decay": 0.1,         # how strongly matrices are pulled to 0
         "clip": 1.0,                 # a longer gradient is shortened to this; None: never
-        "eval_every": 200,           # steps from one evaluation, with its checkpoint, to the next
+        "eval_every": 240,           # steps from one evaluation, with its checkpoint, to the next
         "prompt": "The import statement"},   # what each evaluation continues
     # The book's run, section 5.2: constant learning rate, torch's own initial values.
     "verdict": {
@@ -78,9 +83,6 @@ PRESETS = {
 }
 # With --init the weights are good already and want small steps.
 CONTINUE = {"optimizer": "adamw", "lr": 1e-4, "warmup_steps": 50, "clip": 1.0}
-VERDICT = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
-           "01_main-chapter-code/the-verdict.txt")
-VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def find_documents(preset, data):
                 raise UserError(f"the folder {path} has no files; put UTF-8 text in it")
             paths += inside if path.is_dir() else [path]
     elif preset == "verdict":
-        paths = [download([VERDICT], Path("data") / "the-verdict.txt", VERDICT_SHA256)]
+        paths = [download([VERDICT_ADDRESS], VERDICT, VERDICT_SHA256)]
     elif preset == "gpt2":
         raise UserError("the preset gpt2 trains on your own text; name it: --data FILE-OR-FOLDER")
     else:  # the reference manual, which every CPython carries for its help()

@@ -895,25 +895,33 @@ class TestPretrainCommand(InFolder):
 # tokenizer.py: words and byte pairs
 
 HOSTILE = [
-    "", " ", "  ", "\n", " \n\n \t x  ", "a\r\nb\rc\x0bd\x0ce", "\x00\x01\x1b[31m\x1c\x1d\x1e\x1f\x7f\x85",
+    "", " ", "  ", "\n", " \n\n \t x  ", "a\r\nb\rc\x0bd\x0ce",
+    "\x00\x01\x1b[31m\x1c\x1d\x1e\x1f\x7f\x85",
     "a\x1cb !\x1c x", "tab\tand\u00a0nbsp\u2003em\u2028ls\u2029ps\u3000wide\u200bzero\ufeffbom",
     "".join(map(chr, [9, 10, 11, 12, 13, 32, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028,
                       0x2029, 0x202f, 0x205f, 0x3000])), "x" + " " * 1000 + "y", "\n" * 300,
-    "e\u0301 n\u0303 \u0301\u0301\u0301 Z\u0351\u036b\u0343a\u0321\u034al\u0310", "\u0928\u092e\u0938\u094d\u0924\u0947",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd \u2764\ufe0f",
+    "e\u0301 n\u0303 \u0301\u0301\u0301 Z\u0351\u036b\u0343a\u0321\u034al\u0310",
+    "\u0928\u092e\u0938\u094d\u0924\u0947",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 "
+    "\U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd \u2764\ufe0f",
     "0123 \u0660\u0661\u0662 \u0967\u0968 \uff11\uff12 \u00bd\u00b2 \u2167 \U0001d7d8 3.14 1,000",
     "I'm you're he's we've I'd they'll can't 'tis I'M YOU'RE HE'S WE'VE I'D THEY'LL CAN'T",
-    "it's' 's's ''s 'll'l 'v've o'clock rock'n'roll \u2019s it\u2019s", "<|endoftext|>", "<|unk|> <|endoftext|",
-    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u4f60\u597d\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
-    "\uffff\U0010ffff\ufdd0 \ue000", "--- ... !!! ?!?! ((())) $$$ a_b_c C++ x==y //", "i\u0307 \u0130 \u01c5 \ufb01 \u00df \u1e9e",
+    "it's' 's's ''s 'll'l 'v've o'clock rock'n'roll \u2019s it\u2019s",
+    "<|endoftext|>", "<|unk|> <|endoftext|",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u4f60\u597d\u4e16\u754c "
+    "\u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+    "\uffff\U0010ffff\ufdd0 \ue000",
+    "--- ... !!! ?!?! ((())) $$$ a_b_c C++ x==y //",
+    "i\u0307 \u0130 \u01c5 \ufb01 \u00df \u1e9e",
 ]
 
 
 def fuzz(seed, strings, length):
     """Strings with a fixed seed, of words, marks, white space and characters from everywhere."""
     r = random.Random(seed)
-    parts = ["the", " quick", "'s", "'LL", "'", " ", "  ", "\n", "\t", "\u00a0", "\u3000", "1", "٣", "\u0301",
-             "\u200d", "👍", "é", "ß", "<|endoftext|>", "_", "--", "中文", "\x1c", "\x85"]
+    parts = ["the", " quick", "'s", "'LL", "'", " ", "  ", "\n", "\t", "\u00a0", "\u3000", "1",
+             "٣", "\u0301", "\u200d", "👍", "é", "ß", "<|endoftext|>", "_",
+             "--", "中文", "\x1c", "\x85"]
     return ["".join(r.choice(parts) if r.random() < 0.8 else
                     chr(r.choice([r.randrange(0xd800), r.randrange(0xe000, 0x110000)]))
                     for _ in range(r.randrange(length))) for _ in range(strings)]
@@ -926,9 +934,10 @@ class TestWords(unittest.TestCase):
         vocab = tok.build_vocab((ROOT / "data/the-verdict.txt").read_text(encoding="utf-8"))
         self.assertEqual(len(vocab), 1132)
         v1, v2 = tok.SimpleTokenizerV1(vocab), tok.SimpleTokenizerV2(vocab)
-        ids = v1.encode('"It\'s the last he painted, you know," Mrs. Gisburn said with pardonable pride.')
-        self.assertEqual(ids, [1, 56, 2, 850, 988, 602, 533, 746, 5, 1126, 596, 5, 1, 67, 7, 38, 851,
-                               1108, 754, 793, 7])
+        ids = v1.encode('"It\'s the last he painted, you know," Mrs. Gisburn said with '
+                        'pardonable pride.')
+        self.assertEqual(ids, [1, 56, 2, 850, 988, 602, 533, 746, 5, 1126, 596, 5, 1, 67, 7, 38,
+                               851, 1108, 754, 793, 7])
         text = "Hello, do you like tea? <|endoftext|> In the sunlit terraces of the palace."
         ids = v2.encode(text)
         self.assertEqual(ids, [1131, 5, 355, 1126, 628, 975, 10, 1130, 55, 988, 956, 984, 722, 988,
@@ -1068,7 +1077,7 @@ class TestBPETokenizer(unittest.TestCase):
 
     @needs("vocab.bpe", "encoder.json")
     def test_gpt2_is_tiktokens_on_every_assigned_code_point(self):
-        for block in range(0, 0x110000, 256):  # beside each kind of character, so that its kind shows
+        for block in range(0, 0x110000, 256):  # beside each kind of character
             self.same("".join(f"a{c}1 {c}{c} {c}'s " for c in map(chr, range(block, block + 256))
                               if unicodedata.category(c) not in ("Cn", "Cs")))
 
@@ -1141,8 +1150,10 @@ class TestBPETokenizer(unittest.TestCase):
         t.save(path)
         good = path.read_text(encoding="ascii").split("\n")
         extra = base64.b64encode(b"zz").decode()
-        for broken in ("", "\n".join(good[:-2] + ["!!!! 260"]), "\n".join(good[:-1] + [extra + " 999"]),
-                       "\n".join(good[:-1] + [good[-2]]), "\n".join(good[1:]), "é", good[0] + " 1"):
+        for broken in ("", "\n".join(good[:-2] + ["!!!! 260"]),
+                       "\n".join(good[:-1] + [extra + " 999"]),
+                       "\n".join(good[:-1] + [good[-2]]), "\n".join(good[1:]), "é",
+                       good[0] + " 1"):
             path.write_text(broken, encoding="utf-8")
             with self.assertRaises(gpt.UserError):
                 tok.BPETokenizer.load(path)
@@ -1201,7 +1212,8 @@ class TestTokenizerCommands(unittest.TestCase):
         Path("good").write_text("good text", encoding="utf-8")
         for args in (["train", "missing"], ["train", "good", "empty"], ["train", "binary"],
                      ["train", "."], ["train", "good", "--vocab-size", 256], ["compare", "missing"],
-                     ["encode", "--tokenizer", "missing", "x"], ["encode", "--tokenizer", "good", "x"],
+                     ["encode", "--tokenizer", "missing", "x"],
+                      ["encode", "--tokenizer", "good", "x"],
                      ["encode", "--tokenizer", "bytes", "\udcff"], ["train", "good", "--out", "."]):
             with self.subTest(args=args):
                 with self.assertRaises(gpt.UserError) as caught:
@@ -2027,8 +2039,8 @@ class LoadGPT2CommandTest(LoadCase):
 # ---------------------------------------------------------------------------------------------
 # finetune_classifier.py
 
-CLASSIFIER_CFG = {"vocab_size": 257, "context_length": 64, "emb_dim": 16, "n_heads": 2, "n_layers": 2,
-        "drop_rate": 0.0, "qkv_bias": True, "tie_embeddings": True}
+CLASSIFIER_CFG = {"vocab_size": 257, "context_length": 64, "emb_dim": 16, "n_heads": 2,
+                  "n_layers": 2, "drop_rate": 0.0, "qkv_bias": True, "tie_embeddings": True}
 
 
 def classifier_trunk(seed=1, **changes):
@@ -2129,7 +2141,8 @@ class LabelledTexts(ClassifierFolder):
     def test_bad_tables_are_one_sentence(self):
         many = labelled_lines()
         for content, words in (
-                ("", "empty"), (b"\x00\x01\x02" * 99, "not a text file"), (b"\xff\xfe\xfa", "UTF-8"),
+                ("", "empty"), (b"\x00\x01\x02" * 99, "not a text file"),
+                (b"\xff\xfe\xfa", "UTF-8"),
                 ("\n\n", "no texts"), ("ham\tx\nspam\n" + many, "line 2: 1 column"),
                 (labelled_lines(classes=("ham",)), "only the class 'ham'"),
                 (many + "eggs\ta\neggs\tb\n", "'eggs' of data.tsv has too few texts to split, 2")):
@@ -2155,7 +2168,8 @@ class LabelledTexts(ClassifierFolder):
         with mock.patch.object(http.server.SimpleHTTPRequestHandler, "log_message"), \
                 http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            site, sha = f"http://127.0.0.1:{server.server_port}", hashlib.sha256(content).hexdigest()
+            site = f"http://127.0.0.1:{server.server_port}"
+            sha = hashlib.sha256(content).hexdigest()
             with contextlib.redirect_stdout(io.StringIO()):
                 path = clf.download_and_unzip_spam_data(
                     [f"{site}/none.zip", f"{site}/bad.zip", f"{site}/good.zip"],
@@ -2348,7 +2362,8 @@ class ClassifierRuns(ClassifierFolder):
                          "\n".join(wanted) + "\n")
 
     def test_bad_checkpoints_are_one_sentence(self):
-        self.assertIn("python finetune_classifier.py", self.fails("--classify", "x", "--out", "c.pt"))
+        self.assertIn("python finetune_classifier.py",
+                      self.fails("--classify", "x", "--out", "c.pt"))
         self.assertIn("no checkpoint none.pt", self.fails("--init", "none.pt"))
         self.write("cut.pt", Path("tiny.pt").read_bytes()[:999])
         self.assertIn("cut short", self.fails("--init", "cut.pt"))
@@ -2746,7 +2761,8 @@ class TestScripts(unittest.TestCase):
         for script in ROOT.glob("*.py"):
             if script.name == "test_all.py":
                 continue
-            words = re.findall(r"^\s*(?:from|import) (\w+)", script.read_text(encoding="utf-8"), re.M)
+            code = script.read_text(encoding="utf-8")
+            words = re.findall(r"^\s*(?:from|import) (\w+)", code, re.MULTILINE)
             self.assertFalse(ours & set(words), script.name)
 
 
