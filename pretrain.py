@@ -72,7 +72,7 @@ PRESETS = {
         "init_weights": "torch", "optimizer": "adamw, book",
         "batch_size": 2, "grad_accum": 1, "epochs": 10, "max_steps": None, "lr": 4e-4,
         "warmup_steps": 0, "final_lr_share": 1.0, "weight_decay": 0.1, "clip": None,
-        "eval_every": 10, "prompt": "Every effort moves you"},
+        "eval_every": 20, "prompt": "Every effort moves you"},
     # GPT-2's recipe (Radford et al. 2019; Brown et al. 2020, appendix B) for your own large text.
     "gpt2": {
         "config": {**GPT_CONFIG_124M, "drop_rate": 0.0, "tie_embeddings": True},
