@@ -19,7 +19,6 @@ import base64
 import codecs
 import contextlib
 import csv
-import ctypes
 import errno
 import hashlib
 import json
@@ -1008,21 +1007,8 @@ def add_training_arguments(parser, out, epochs, batch_size, lr, eval_every, grad
     add_common_arguments(parser)
 
 
-def keep_freed_memory():
-    """Let this process keep the memory it frees, under Linux: a training step needs it again.
-
-    glibc gives large blocks back at once, and the system hands them out anew page by page, each
-    filled with zeros: a fifth of a step of the 124M model on two cores, for a fifth more memory.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)   # M_MMAP_MAX: large blocks come from the heap like small ones
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap never shrinks
-
-
 def run_main(main):
     """Run a script's main(): a UserError is a sentence and status 1, Ctrl-C is 130."""
-    keep_freed_memory()
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
     try:
         status = main()
