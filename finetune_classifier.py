@@ -38,7 +38,8 @@ from gpt import (
     ArgumentParser, CtrlC, Metrics, Progress, UserError, add_training_arguments, autocast,
     check_output, download, load_checkpoint, merge_lora, non_negative_float, pick_device,
     pick_dtype, positive_float, positive_int, random_state, read_text_pieces, replace_head,
-    replace_linear_with_lora, run_main, save_checkpoint, set_random_state, write_atomically)
+    replace_linear_with_lora, run_main, save_checkpoint, save_dictionary,
+    set_random_state, write_atomically)
 
 SMS_NAME = "SMSSpamCollection"
 SMS_URLS = ["https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
@@ -354,12 +355,13 @@ def free_memory():
 
 
 # ---------------------------------------------------------------------------------------------
-# The book's way: the whole model for every batch, in the simplest loop that trains.
+# The book's way: the whole model for every batch, in the simplest loop that trains. It is here to
+# be read; the run itself uses what comes after.
 
 def classify_batch(model, ids, lengths):
     """Token IDs (B, T) and lengths (B,) -> a score per class, (B, classes)."""
     # subtle: the last real token has read the whole text; the last position of a padded row is
-    # padding, and what it says depends on how many texts the batch happens to hold.
+    # padding, and what it says depends on the longest text of the batch.
     last = model.hidden_states(ids)[torch.arange(len(ids), device=ids.device), lengths - 1]
     return model.out_head(last)
 
@@ -539,8 +541,8 @@ def train_classifier(model, parts, settings, device, out, saved=None):
             loss = train_step(model, rows, labels, texts_of_step(step, len(rows), settings),
                               settings, device)
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {step + 1}; the last state is kept. "
-                                f"Try a lower --lr than {settings['lr']:g}")
+                raise UserError(f"the loss is {loss} at step {step + 1}; start anew with a lower "
+                                f"--lr than {settings['lr']:g}")
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -550,6 +552,9 @@ def train_classifier(model, parts, settings, device, out, saved=None):
                 progress.close()
                 row = {"step": step, "epoch": round(step / per_epoch, 3),
                        **evaluate_parts(model, parts, settings, device)}
+                if not math.isfinite(row["val_loss"]):
+                    raise UserError(f"the validation loss is {row['val_loss']} at step {step}; "
+                                    f"start anew with a lower --lr than {settings['lr']:g}")
                 metrics.add(**row)
                 print(f"epoch {row['epoch']:4g} | train loss {row['train_loss']:.3f}, accuracy "
                       f"{row['train_accuracy']:6.1%} | val loss {row['val_loss']:.3f}, accuracy "
@@ -559,11 +564,11 @@ def train_classifier(model, parts, settings, device, out, saved=None):
                     best = row
                     best_weights = {name: p.detach().clone() for name, p in learning.items()}
             if evaluate or stop.pressed:
-                with write_atomically(state_path(out)) as part:
-                    torch.save({"settings": settings_to_save(settings), "step": step, "best": best,
-                                "weights": {name: p.detach() for name, p in learning.items()},
-                                "best_weights": best_weights, "optimizer": optimizer.state_dict(),
-                                "random": random_state()}, part)
+                save_dictionary(state_path(out), {
+                    "settings": settings_to_save(settings), "step": step, "best": best,
+                    "weights": {name: p.detach() for name, p in learning.items()},
+                    "best_weights": best_weights, "optimizer": optimizer.state_dict(),
+                    "random": random_state()})
             if stop.pressed:
                 progress.close()
                 print(f"stopped at step {step}, saved; go on with the same command and --resume")

@@ -228,49 +228,45 @@ def plan_epoch(epoch, lengths, settings):
 # ---------------------------------------------------------------------------------------------
 # The loss: on the answer alone, or on the whole text as in the book.
 
-class SharedStart:
-    """Keys and values of the tokens that all rows begin with, in place of gpt.KVCache.
+class Packed:
+    """Several texts in one row of N tokens, in place of gpt.KVCache: who sits where and sees whom.
 
-    They are computed in one row, used by every row, and gradients flow back through them.
+    positions (N,): a token's place in its own text. visible (N, N): which tokens each token sees.
     """
 
-    def __init__(self):
-        self.start = self.longest = 0  # positions, as KVCache counts them
-        self.layers = []
+    def __init__(self, positions, visible):
+        N = len(positions)
+        self.start = positions - torch.arange(N, device=positions.device)
+        self.longest = int(positions.max()) + 1 - N
+        self.visible = visible
 
     def extend(self, layer, keys, values):
-        """First keep (1, H, P, D); then put it before each row of (B, H, T, D), with the mask."""
-        if self.start == 0:
-            self.layers.append((keys, values))
-            return keys, values, None
-        keys, values = (torch.cat([first.expand(len(new), -1, -1, -1), new], dim=2)
-                        for first, new in zip(self.layers[layer], (keys, values)))
-        T = keys.shape[2]                                             # P + T
-        mask = torch.ones(T, T, dtype=torch.bool, device=keys.device).tril()
-        return keys, values, mask[self.start:]
+        """Nothing to add; but this mask instead of the causal one."""
+        return keys, values, self.visible
 
     def advance(self, num_tokens):
-        """Where the rows go on."""
-        self.start = self.longest = self.start + num_tokens
+        """Nothing follows."""
 
 
 def calc_losses(model, inputs, targets, dtype="float32"):
     """inputs, targets (B, T) -> (N,), the cross-entropy of each of the N targets in nats.
 
-    Two things are computed only where they are needed. The projection to the vocabulary, a third
-    of GPT-2's work: where there is a target. The text that all rows begin with, half of a prompt:
-    once, if none of its tokens is a target (with dropout, the rows share its noise too).
+    Nothing is computed that is not needed. No padding: the rows are put one behind the other.
+    The text that they all begin with, half of a prompt, only once, if none of its tokens is a
+    target (with dropout the rows then share its noise). The projection to the vocabulary, a third
+    of GPT-2's work, only where there is a target.
     """
-    same = (inputs == inputs[0]) & (targets == -100)
-    P = int(same.all(dim=0).cumprod(dim=0).sum())                     # how long the rows agree
-    start = SharedStart()
+    is_target = targets != -100
+    P = int(((inputs == inputs[0]) & ~is_target).all(dim=0).cumprod(dim=0).sum())  # they agree
+    used = is_target.flip(1).cumsum(1).flip(1) > 0                    # until a row's last target
+    used[1:, :P] = False
+    rows, positions = used.nonzero(as_tuple=True)                     # (N,), (N,)
+    shared = positions < P
+    visible = ((rows == rows[:, None]) | shared) & (positions <= positions[:, None])
     with autocast(inputs.device, getattr(torch, dtype)):
-        if P:
-            model.hidden_states(inputs[:1, :P], start)
-        hidden = model.hidden_states(inputs[:, P:], start if P else None)   # (B, T - P, C)
-        is_target = targets[:, P:] != -100
-        logits = model.out_head(hidden[is_target])                    # (N, V)
-    return F.cross_entropy(logits.float(), targets[:, P:][is_target], reduction="none")
+        hidden = model.hidden_states(inputs[used][None], Packed(positions, visible))  # (1, N, C)
+        logits = model.out_head(hidden[0][is_target[used]])
+    return F.cross_entropy(logits.float(), targets[is_target], reduction="none")
 
 
 def accumulate_gradients(model, dataset, rows, settings, device):

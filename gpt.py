@@ -672,6 +672,15 @@ def write_atomically(path):
                         "Free some space or choose another place") from None
 
 
+def save_dictionary(path, contents):
+    """torch.save to `path`, all or nothing. Raises UserError."""
+    with write_atomically(path) as part:
+        try:
+            torch.save(contents, part)
+        except RuntimeError:  # what torch makes of a failed write
+            raise OSError(errno.ENOSPC, "is the disk full?") from None
+
+
 def save_checkpoint(path, model, tokenizer, **extras):
     """Write model, configuration and tokenizer to `path`, all or nothing.
 
@@ -681,13 +690,8 @@ def save_checkpoint(path, model, tokenizer, **extras):
     # torch.compile keeps the real model inside its wrapper.
     model = getattr(model, "_orig_mod", model)
     kind = "classifier" if "class_names" in extras else "language model"
-    checkpoint = {**extras, "kind": kind, "config": model.cfg, "model": model.state_dict(),
-                  "tokenizer": tokenizer_spec(tokenizer)}
-    with write_atomically(path) as part:
-        try:
-            torch.save(checkpoint, part)
-        except RuntimeError:  # what torch makes of a failed write
-            raise OSError(errno.ENOSPC, "is the disk full?") from None
+    save_dictionary(path, {**extras, "kind": kind, "config": model.cfg,
+                           "model": model.state_dict(), "tokenizer": tokenizer_spec(tokenizer)})
 
 
 def replace_head(model, num_classes):

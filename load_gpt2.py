@@ -165,7 +165,7 @@ def read_safetensors(path):
             places[name] = (SAFETENSORS_DTYPES[dtype], shape, *offsets)
         tensors = view_tensors(file, places, start=8 + length)
         head = tensors.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, tensors.get("wte.weight", head[:0])):
+        if head is not None and not torch.equal(head, tensors.get("wte.weight", torch.empty(0))):
             raise ValueError("lm_head.weight is not the same as wte.weight, as it is in GPT-2")
         release(file)
         return file, tensors
@@ -651,7 +651,7 @@ def calc_verdict_loss(model, tokenizer):
 
 def demonstrate(model, tokenizer, size, prompt, max_new_tokens):
     """Continue the prompt greedily and measure a loss, each beside what the book shows for 124M."""
-    print(f"\nThe likeliest continuation of {prompt!r}:\n\n{prompt}", end="", flush=True)
+    print(f"\nThe greedy continuation of {prompt!r}:\n\n{prompt}", end="", flush=True)
     idx = text_to_token_ids(prompt or "<|endoftext|>", tokenizer)
     tokens = (int(row[0]) for row in generate_stream(
         model, idx, max_new_tokens, model.cfg["context_length"], eos_id=tokenizer.eot_token))
@@ -680,16 +680,16 @@ def main(argv=None):
     which.add_argument("--from", dest="source", type=Path, metavar="PATH", help="weights that are "
                        "there: a .safetensors file, or a folder with one or with OpenAI's files")
     parser.add_argument("--out", type=Path, help="checkpoint to write (default: "
-                        "checkpoints/gpt2-SIZE.pt, or gpt2-local.pt for another size)")
+                        "checkpoints/gpt2-SIZE.pt, or gpt2-local.pt with --from)")
     parser.add_argument("--prompt", default=PROMPT, help="text to continue")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=15, help="when to stop")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=15, help="at most this many")
     args = parser.parse_args(argv)
     check_output(args.out or Path("checkpoints") / "gpt2.pt")
     source = args.source or download_gpt2(args.size, Path("data") / "gpt2")
     model = load_local(source)
     size = next((s for s, cfg in GPT2_SIZES.items() if cfg.items() <= model.cfg.items()), None)
     tokenizer = fit_tokenizer(model.cfg["vocab_size"])
-    out = args.out or Path("checkpoints") / f"gpt2-{size or 'local'}.pt"
+    out = args.out or Path("checkpoints") / f"gpt2-{'local' if args.source else args.size}.pt"
     save_checkpoint(out, model, tokenizer)
     print(f"GPT-2{' ' + size if size else ''} from {source}\n  "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.cfg['n_layers']} "

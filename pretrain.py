@@ -58,13 +58,13 @@ PRESETS = {
         "batch_size": 4,             # rows of context_length tokens in a batch
         "grad_accum": 1,             # batches whose gradients are added up for one step
         "epochs": None,              # passes over the text; None: as many as max_steps takes
-        "max_steps": 1200,           # optimizer steps
+        "max_steps": 1100,           # optimizer steps
         "lr": 0.02,                  # learning rate at its peak
         "warmup_steps": 50,          # steps in which it rises from 0, at most a tenth of all
         "final_lr_share": 0.0,       # what is left of it at the end; 1 keeps it constant
         "weight_decay": 0.1,         # how strongly matrices are pulled to 0
         "clip": 1.0,                 # a longer gradient is shortened to this; None: never
-        "eval_every": 240,           # steps from one evaluation, with its checkpoint, to the next
+        "eval_every": 275,           # steps from one evaluation, with its checkpoint, to the next
         "prompt": "The import statement"},   # what each evaluation continues
     # The book's run, section 5.2: constant learning rate, torch's own initial values.
     "verdict": {

@@ -52,7 +52,7 @@ def split_words(text):
 
 def build_vocab(text, special_tokens=(END_OF_TEXT, UNKNOWN)):
     """Number the distinct words of `text` in sorted order, then the special tokens: {word: ID}."""
-    words = sorted(set(split_words(text)))
+    words = sorted(set(split_words(text)) - set(special_tokens))
     return {word: i for i, word in enumerate([*words, *special_tokens])}
 
 
@@ -73,7 +73,7 @@ class SimpleTokenizerV1:
         return [self.str_to_int[word] for word in split_words(text)]
 
     def decode(self, ids):
-        """IDs -> text, one space between words and none before punctuation.
+        """IDs -> text, one space between words and none before most punctuation.
 
         Which white space there was is lost. Raises ValueError for an ID that is not there.
         """
@@ -103,7 +103,7 @@ class SimpleTokenizerV2(SimpleTokenizerV1):
 #     a a a b d a a a b a c       'aa' occurs most often, 4 times (overlaps count): call it Z
 #     Z a b d Z a b a c           'ab' and 'Za' occur twice; 'ab' has the smaller IDs: Y
 #     Z Y d Z Y a c               'ZY' twice: X
-#     X d X a c                   every pair occurs once: nothing left to gain
+#     X d X a c                   every pair occurs once: little left to gain
 
 def merge_once(ids, new_id):
     """One step, straight from the definition -> (best pair, its count, IDs with it merged).
