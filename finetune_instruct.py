@@ -201,6 +201,16 @@ def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_
     return inputs.to(device), targets.to(device)
 
 
+def cut_into_batches(rows, dataset, settings):
+    """Record numbers -> batches of at most batch_size records and about 4,096 tokens.
+
+    `calc_losses` packs a batch in one row, whose attention grows with the square of its length.
+    """
+    num_tokens = sum(min(len(dataset[i]), settings["context_length"]) for i in rows)
+    count = max(math.ceil(len(rows) / settings["batch_size"]), math.ceil(num_tokens / 4096))
+    return np.array_split(rows, min(count, len(rows)))
+
+
 def make_batch(dataset, rows, settings, device, mask_prompt):
     """Record numbers -> (inputs, targets) as custom_collate_fn makes them."""
     return custom_collate_fn(
@@ -212,8 +222,8 @@ def plan_epoch(epoch, lengths, settings):
     """-> the record numbers of each optimizer step of an epoch, known from the seed alone.
 
     The records are shuffled, sorted by length within groups of 50 steps, and the steps shuffled:
-    rows of one length need no padding, and still each epoch mixes them anew. The last steps are a
-    record shorter rather than one step much shorter.
+    the rows of a step have about one length, and still each epoch mixes them anew. Some steps are
+    a record shorter rather than the last one much shorter.
     """
     rng = np.random.default_rng([settings["seed"], epoch])
     order, lengths = rng.permutation(len(lengths)), np.asarray(lengths)
@@ -251,10 +261,10 @@ class Packed:
 def calc_losses(model, inputs, targets, dtype="float32"):
     """inputs, targets (B, T) -> (N,), the cross-entropy of each of the N targets in nats.
 
-    Nothing is computed that is not needed. No padding: the rows are put one behind the other.
-    The text that they all begin with, half of a prompt, only once, if none of its tokens is a
+    Nothing is computed that is not needed. Padding: not at all, the rows are put one behind the
+    other. The text that they all begin with, half of a prompt: once, if none of its tokens is a
     target (with dropout the rows then share its noise). The projection to the vocabulary, a third
-    of GPT-2's work, only where there is a target.
+    of GPT-2's work: where there is a target.
     """
     is_target = targets != -100
     P = int(((inputs == inputs[0]) & ~is_target).all(dim=0).cumprod(dim=0).sum())  # they agree
@@ -276,7 +286,7 @@ def accumulate_gradients(model, dataset, rows, settings, device):
     when they hold different numbers of targets.
     """
     batches = [make_batch(dataset, part, settings, device, settings["mask_prompt"])
-               for part in np.array_split(rows, math.ceil(len(rows) / settings["batch_size"]))]
+               for part in cut_into_batches(rows, dataset, settings)]
     num_targets = sum(int((targets != -100).sum()) for _, targets in batches)
     step_loss = 0.0
     for inputs, targets in batches:
@@ -293,7 +303,7 @@ def record_losses(model, dataset, settings, device, mask_prompt):
     was_training = model.training
     model.eval()
     order = np.argsort([len(ids) for ids in dataset.encoded_texts], kind="stable")
-    for rows in np.array_split(order, math.ceil(len(order) / settings["batch_size"])):
+    for rows in cut_into_batches(order, dataset, settings):
         inputs, targets = make_batch(dataset, rows, settings, device, mask_prompt)
         losses = calc_losses(model, inputs, targets, settings["dtype"]).double().cpu()
         counts = (targets != -100).sum(dim=1).tolist()
@@ -747,9 +757,8 @@ def check_resume(saved, settings, path):
                         f"its weights with: --init {path}")
     for name in settings.keys() - {"eval_every", "dtype", "total_steps"}:
         if before.get(name) != settings[name]:
-            raise UserError(f"{path} is a run with another --{name.replace('_', '-')} "
-                            f"({before.get(name)}, now {settings[name]}); repeat its command, or "
-                            "leave out --resume to start anew")
+            raise UserError(f"{path} is a run with another --{name.replace('_', '-')}; repeat its "
+                            "command, or leave out --resume to start anew")
 
 
 def load_data(args, tokenizer, style, context_length):
