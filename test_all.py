@@ -2325,7 +2325,7 @@ class ClassifierRuns(ClassifierFolder):
         self.assert_same(self.weights("c.pt"), self.weights("whole.pt"))
 
     def test_a_loss_that_is_not_finite_stops_the_run(self):
-        self.assertIn("Try a lower --lr", self.fails("--lr", "1e30", "--train", "all"))
+        self.assertIn("start anew with a lower --lr", self.fails("--lr", "1e30", "--train", "all"))
 
     def test_report_follows_from_the_confusion_matrix(self):
         with contextlib.redirect_stdout(io.StringIO()) as out:
