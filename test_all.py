@@ -2553,6 +2553,27 @@ class TestInstructionTraining(InFolder):
             self.assertAlmostEqual(float(losses[i, 0]), float(expected), places=3)
             self.assertEqual(int(losses[i, 1]), len(answer))
 
+    def test_a_packed_batch_equals_padded_rows(self):
+        for prompt_lengths in (self.dataset.prompt_lengths[:6], None):
+            rows = [self.dataset[i] for i in range(6)]
+            inputs, targets = instruct.custom_collate_fn(rows, 256, prompt_lengths=prompt_lengths)
+            gradients = []
+            for packed in (True, False):
+                self.model.zero_grad()
+                loss = (instruct.calc_losses(self.model, inputs, targets).sum() if packed else
+                        F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten(),
+                                        reduction="sum"))
+                loss.backward()
+                gradients.append([loss.detach(), *(p.grad for p in self.model.parameters())])
+                self.model.zero_grad(set_to_none=True)
+            torch.testing.assert_close(*gradients)
+
+    def test_long_records_make_smaller_batches(self):
+        dataset = [[1] * 1000] * 12
+        parts = instruct.cut_into_batches(
+            np.arange(12), dataset, {"batch_size": 8, "context_length": 1024})
+        self.assertEqual([len(part) for part in parts], [4, 4, 4])
+
     def test_a_killed_run_resumed_equals_one_that_was_not(self):
         class Killed(BaseException):
             pass
