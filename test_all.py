@@ -2598,7 +2598,7 @@ class TestInstructionTraining(InFolder):
             a, b = (torch.load(f"{train}-{x}.pt", weights_only=True) for x in "ab")
             for part in ("model", "unmerged", "optimizer", "best", "step"):
                 torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
-            self.assertEqual(*(Path(f"{train}-{x}.csv").read_text("utf-8") for x in "ab"))
+            self.assertEqual(*(Path(f"{train}-{x}.csv").read_text(encoding="utf-8") for x in "ab"))
             start = torch.load("tiny.pt", weights_only=True)["model"]
             self.assertFalse(torch.equal(a["model"]["trf_blocks.0.ff.layers.0.weight"],
                                          start["trf_blocks.0.ff.layers.0.weight"]))
