@@ -35,19 +35,19 @@ from torch.utils.data import Dataset
 
 from gpt import (
     ArgumentParser, CtrlC, LinearWithLoRA, Metrics, Progress, UserError, add_training_arguments,
-    autocast, check_output, decode_stream, download, generate, generate_stream, load_checkpoint,
-    merge_lora, non_negative_float, pick_device, pick_dtype, positive_float, positive_int,
-    random_state, read_text_pieces, replace_linear_with_lora, run_main, save_checkpoint,
-    set_random_state, write_atomically)
+    autocast, check_output, decode_stream, download, generate, generate_stream, keep_freed_memory,
+    load_checkpoint, merge_lora, non_negative_float, pick_device, pick_dtype, positive_float,
+    positive_int, printable, random_state, read_text_pieces, replace_linear_with_lora, run_main,
+    save_checkpoint, set_random_state, write_atomically)
 
 RECORDS = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/"
            "01_main-chapter-code/instruction-data.json")
 RECORDS_SHA256 = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"
-STARTS = [Path("checkpoints") / name for name in  # what to finetune: the best that is there
+STARTS = [Path("checkpoints") / name for name in  # what to finetune: the first that is there
           ("gpt2-355M.pt", "gpt2-124M.pt", "pretrained.pt")]
 OLLAMA = "http://localhost:11434/api/chat"
 
-PROMPT_STYLES = {  # what stands before a record's instruction, its input and its output
+PROMPT_STYLES = {  # the text put before a record's instruction, input and output
     "alpaca": {  # Taori et al. 2023; the book's section 7.2
         "instruction": "Below is an instruction that describes a task. Write a response that "
                        "appropriately completes the request.\n\n### Instruction:\n",
@@ -75,7 +75,8 @@ def read_records(path):
         if by_line:
             records = []
             for number, line in enumerate(text.split("\n"), 1):
-                records += [json.loads(line)] if line.strip() else []
+                if line.strip():
+                    records.append(json.loads(line))
         else:
             records = json.loads(text)
     except (ValueError, RecursionError) as e:  # also a number of 5,000 digits, brackets without end
@@ -99,7 +100,7 @@ def check_record(record, where):
     """
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object with instruction and output")
-    if "messages" in record:
+    if record.get("messages") is not None:
         messages = record["messages"]
         if not (isinstance(messages, list) and len(messages) > 1
                 and all(isinstance(m, dict) and isinstance(m.get("content"), str)
@@ -109,8 +110,8 @@ def check_record(record, where):
         record = {"instruction": "\n\n".join(m["content"] for m in messages[:-1]),
                   "output": messages[-1]["content"]}
     texts = {"instruction": None, "input": "", "output": None}
+    texts.update({name: record[name] for name in texts if record.get(name) is not None})
     for name in texts:
-        texts[name] = texts[name] if record.get(name) is None else record[name]
         if texts[name] is None:
             raise UserError(f"{where} has no {name}")
         if not isinstance(texts[name], str):
@@ -160,7 +161,7 @@ class InstructionDataset(Dataset):
         return len(self.data)
 
     def fit(self, context_length):
-        """Leave out each record whose prompt fills the context: nothing is left to learn from.
+        """Leave out each record whose prompt is longer than the context: no answer can follow.
 
         Returns how many those are, and how many more will lose the end of their answer.
         """
@@ -180,7 +181,7 @@ def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_
 
     Targets are the inputs moved on by one token; after a row's last token comes one end of text
     (`pad_token_id`), then `ignore_index`. `allowed_max_length` cuts rows at the end. With
-    `prompt_lengths` the tokens of each prompt are no targets; but each row keeps one at least, as
+    `prompt_lengths` the tokens of each prompt are not targets; but every row keeps at least one, as
     the mean over no targets is not a number.
 
     Example:
@@ -201,29 +202,31 @@ def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_
     return inputs.to(device), targets.to(device)
 
 
-def cut_into_batches(rows, dataset, settings):
-    """Record numbers -> batches of at most batch_size records and about 4,096 tokens.
+def make_batches(dataset, rows, settings, device, mask_prompt):
+    """Record numbers -> a list of (their numbers, inputs, targets).
 
-    `calc_losses` packs a batch in one row, whose attention grows with the square of its length.
+    A batch has at most batch_size records and, together, 4,096 tokens: `calc_losses` packs it in
+    one row, whose attention grows with the square of its length.
     """
-    num_tokens = sum(min(len(dataset[i]), settings["context_length"]) for i in rows)
-    count = max(math.ceil(len(rows) / settings["batch_size"]), math.ceil(num_tokens / 4096))
-    return np.array_split(rows, min(count, len(rows)))
-
-
-def make_batch(dataset, rows, settings, device, mask_prompt):
-    """Record numbers -> (inputs, targets) as custom_collate_fn makes them."""
-    return custom_collate_fn(
-        [dataset[i] for i in rows], settings["pad_token_id"], -100, settings["context_length"],
-        device, [dataset.prompt_lengths[i] for i in rows] if mask_prompt else None)
+    parts, num_tokens = [[]], 0
+    for i in rows:
+        length = min(len(dataset[i]), settings["context_length"])
+        if parts[-1] and (len(parts[-1]) == settings["batch_size"] or num_tokens + length > 4096):
+            parts, num_tokens = [*parts, []], 0
+        parts[-1].append(i)
+        num_tokens += length
+    return [(part, *custom_collate_fn(
+        [dataset[i] for i in part], settings["pad_token_id"], -100, settings["context_length"],
+        device, [dataset.prompt_lengths[i] for i in part] if mask_prompt else None))
+        for part in parts if part]
 
 
 def plan_epoch(epoch, lengths, settings):
     """-> the record numbers of each optimizer step of an epoch, known from the seed alone.
 
     The records are shuffled, sorted by length within groups of 50 steps, and the steps shuffled:
-    the rows of a step have about one length, and still each epoch mixes them anew. Some steps are
-    a record shorter rather than the last one much shorter.
+    the rows of a step have about one length, and still each epoch mixes them anew. Where the
+    records do not come out even, some steps have one less.
     """
     rng = np.random.default_rng([settings["seed"], epoch])
     order, lengths = rng.permutation(len(lengths)), np.asarray(lengths)
@@ -231,7 +234,7 @@ def plan_epoch(epoch, lengths, settings):
     for start in range(0, len(order), 50 * per_step):
         group = order[start:start + 50 * per_step]
         order[start:start + 50 * per_step] = group[np.argsort(lengths[group], kind="stable")]
-    steps = np.array_split(order, math.ceil(len(order) / per_step))
+    steps = np.array_split(order, steps_per_epoch(len(order), settings))
     return [steps[i] for i in rng.permutation(len(steps))]
 
 
@@ -239,13 +242,15 @@ def plan_epoch(epoch, lengths, settings):
 # The loss: on the answer alone, or on the whole text as in the book.
 
 class Packed:
-    """Several texts in one row of N tokens, in place of gpt.KVCache: who sits where and sees whom.
+    """Several texts in one row of N tokens. Takes gpt.KVCache's place, but stores nothing: it
+    tells the model each token's position and which tokens it may see.
 
     positions (N,): a token's place in its own text. visible (N, N): which tokens each token sees.
     """
 
     def __init__(self, positions, visible):
         N = len(positions)
+        # The model adds `start` to 0 ... N-1, and checks `longest` + N against its context.
         self.start = positions - torch.arange(N, device=positions.device)
         self.longest = int(positions.max()) + 1 - N
         self.visible = visible
@@ -267,8 +272,9 @@ def calc_losses(model, inputs, targets, dtype="float32"):
     of GPT-2's work: where there is a target.
     """
     is_target = targets != -100
-    P = int(((inputs == inputs[0]) & ~is_target).all(dim=0).cumprod(dim=0).sum())  # they agree
-    used = is_target.flip(1).cumsum(1).flip(1) > 0                    # until a row's last target
+    # P: the length of the beginning that all rows share, with no target in it.
+    P = int(((inputs == inputs[0]) & ~is_target).all(dim=0).cumprod(dim=0).sum())
+    used = is_target.flip(1).cumsum(1).flip(1) > 0                    # up to a row's last target
     used[1:, :P] = False
     rows, positions = used.nonzero(as_tuple=True)                     # (N,), (N,)
     shared = positions < P
@@ -285,11 +291,10 @@ def accumulate_gradients(model, dataset, rows, settings, device):
     Dividing by the targets of the whole step makes many small batches equal one large one, also
     when they hold different numbers of targets.
     """
-    batches = [make_batch(dataset, part, settings, device, settings["mask_prompt"])
-               for part in cut_into_batches(rows, dataset, settings)]
-    num_targets = sum(int((targets != -100).sum()) for _, targets in batches)
+    batches = make_batches(dataset, rows, settings, device, settings["mask_prompt"])
+    num_targets = sum(int((targets != -100).sum()) for _, _, targets in batches)
     step_loss = 0.0
-    for inputs, targets in batches:
+    for _, inputs, targets in batches:
         loss = calc_losses(model, inputs, targets, settings["dtype"]).sum() / num_targets
         loss.backward()
         step_loss += loss.item()
@@ -303,14 +308,18 @@ def record_losses(model, dataset, settings, device, mask_prompt):
     was_training = model.training
     model.eval()
     order = np.argsort([len(ids) for ids in dataset.encoded_texts], kind="stable")
-    for rows in cut_into_batches(order, dataset, settings):
-        inputs, targets = make_batch(dataset, rows, settings, device, mask_prompt)
+    for rows, inputs, targets in make_batches(dataset, order, settings, device, mask_prompt):
         losses = calc_losses(model, inputs, targets, settings["dtype"]).double().cpu()
         counts = (targets != -100).sum(dim=1).tolist()
         for i, row in zip(rows, losses.split(counts)):
             result[i] = torch.tensor([row.sum(), len(row)])
     model.train(was_training)
     return result
+
+
+def mean_loss(losses):
+    """What `record_losses` returns -> nats per target."""
+    return float(losses[:, 0].sum() / losses[:, 1].sum())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -378,11 +387,15 @@ def train_model(model, tokenizer, train_set, val_set, settings, device, out, sav
                 progress.close()
                 losses = record_losses(model, val_set, settings, device, settings["mask_prompt"])
                 val_loss, train_loss = mean_loss(losses), loss_sum / loss_steps
+                if not math.isfinite(val_loss):
+                    raise UserError(f"the validation loss is {val_loss} at step {step}; the last "
+                                    f"checkpoint is kept. Try a lower --lr than {settings['lr']:g}")
                 print(f"step {step:5d} | epoch {step / per_epoch:.2f} | train loss "
                       f"{train_loss:.3f} | val loss {val_loss:.3f}", flush=True)
                 metrics.add(step=step, epoch=round(step / per_epoch, 3),
                             train_loss=round(train_loss, 5), val_loss=round(val_loss, 5))
-                better, best, loss_sum, loss_steps = val_loss < best, min(val_loss, best), 0.0, 0
+                better, best = val_loss < best, min(val_loss, best)
+                loss_sum, loss_steps = 0.0, 0
             if evaluate or stop.pressed:
                 save_state(out, model, tokenizer, better, settings, step=step, best=best,
                            losses=[loss_sum, loss_steps], optimizer=optimizer.state_dict())
@@ -398,7 +411,7 @@ def save_state(out, model, tokenizer, better, settings, **state):
     """Write the newest state and, if it is `better`, the best one.
 
     Both hold a plain model, which any stage can read; what a run with LoRA needs to go on exactly
-    where it was, the matrices before the merge, rides along.
+    where it was, the matrices before the merge, is stored too.
     """
     whole, style = plain_model(model), settings["prompt_style"]
     if better:
@@ -424,7 +437,7 @@ def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens
                        batch_size=32, save=lambda: None):
     """Give each entry without a `model_response` one, greedily; `save()` follows each round.
 
-    A round adds up to 64 tokens to the shortest texts; those that end leave, the others wait for a
+    A round adds up to 64 tokens to the shortest texts; finished ones leave, the others go on in a
     later round. So little is padded, and nobody waits for the longest. An answer ends with the end
     of text, after `max_new_tokens` or where the context does (a prompt that fills the context gets
     an empty one), and is the same as if its prompt had been alone.
@@ -455,7 +468,7 @@ def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens
 def take_old_responses(path, checkpoint, entries):
     """Take over the answers, and the judge's scores, that this very checkpoint got before.
 
-    They are newer than it and stand beside the same records.
+    Only if the file is newer than the checkpoint, and where it has the same record.
     """
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         if path.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns:
@@ -486,26 +499,22 @@ def token_f1(answer, truth):
     return 2 * (a & b).total() / (a + b).total() if a or b else float(answer == truth)
 
 
-def mean_loss(losses):
-    """What `record_losses` returns -> nats per target."""
-    return float(losses[:, 0].sum() / losses[:, 1].sum())
-
-
 def score_responses(model, test_set, entries, settings, device):
     """Write scores into each entry; return their means in a dictionary.
 
-    The response loss asks how likely the model finds the right answer, token by token; its
-    perplexity, how many tokens it hesitates between. `test_set` has those of the entries that fit
-    the context, as `test_set.data`.
+    The response loss is that of the right answer's tokens, in nats; e to it is the perplexity, as
+    if the model hesitated between so many tokens. Both are None if no entry fits the context;
+    `test_set` has those that do, as `test_set.data`.
     """
     losses = record_losses(model, test_set, settings, device, mask_prompt=True)
-    for entry, (loss, count) in zip(test_set.data, losses.tolist()):
-        entry["response_loss"] = round(loss / count, 4)
+    loss = mean_loss(losses) if len(test_set) else None
+    for entry, (total, count) in zip(test_set.data, losses.tolist()):
+        entry["response_loss"] = round(total / count, 4)
     for entry in entries:
-        answer, truth = entry["model_response"].strip(), entry["output"].strip()
+        answer, truth = entry["model_response"], entry["output"].strip()
         entry["exact_match"], entry["token_f1"] = answer == truth, round(token_f1(answer, truth), 4)
-    return {"answers": len(entries), "response_loss": mean_loss(losses),
-            "perplexity": math.exp(min(mean_loss(losses), 99)),
+    return {"answers": len(entries), "response_loss": loss,
+            "perplexity": None if loss is None else math.exp(min(loss, 99)),
             **{name: sum(entry[name] for entry in entries) / len(entries)
                for name in ("exact_match", "token_f1")}}
 
@@ -514,7 +523,7 @@ def score_responses(model, test_set, entries, settings, device):
 # The judge: a larger model, which an Ollama server (https://ollama.com) runs. Section 7.8.
 
 def explain_failure(error, url, timeout):
-    """What requests raised -> UserError."""
+    """An exception of requests -> a UserError that says what to do."""
     if isinstance(error, ValueError):
         return UserError(f"{url} is not an address; give one as in --judge-url {OLLAMA}")
     if "timed out" in str(error):
@@ -588,7 +597,8 @@ def generate_model_scores(json_data, json_key, model="llama3", url=OLLAMA, save=
                     "from 0 to 100, where 100 is the best score. Respond with the integer number "
                     "only.", model, url)
                 found = re.search(r"-?\d+", reply)
-                score = int(found[0]) if found and 0 <= int(found[0]) <= 100 else None
+                score = int(found[0]) if found and len(found[0]) < 9 else None
+                score = score if score is not None and 0 <= score <= 100 else None
             entry["judge"] = {"model": model, "score": score, "reply": reply}
             save()
         if entry["judge"]["score"] is None:
@@ -621,13 +631,23 @@ def print_answer(model, tokenizer, ids, args, stop=None):
             yield tokens[-1]
 
     for piece in decode_stream(until_end(), tokenizer):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print()
     return tokens
 
 
+def encode_question(model, tokenizer, style, instruction, given=""):
+    """A question -> the tokens to be answered. Raises UserError when it is too long."""
+    context = model.cfg["context_length"]
+    ids = encode_prompt({"instruction": instruction, "input": given}, tokenizer, style)
+    if len(ids) >= context:
+        raise UserError(f"the question is {len(ids)} tokens long, which leaves no room for an "
+                        f"answer in the context of {context}; ask it shorter")
+    return ids
+
+
 def chat(model, tokenizer, style, args):
-    """A conversation in the terminal; what fits of it is read anew with each question.
+    """A conversation in the terminal; with each question go the newest turns that fit.
 
     Ctrl-C stops an answer; where a question is awaited it ends the chat, as /exit and Ctrl-D do.
     """
@@ -647,15 +667,15 @@ def chat(model, tokenizer, style, args):
             return
         if text == "/reset":
             turns = []
+            print("(forgotten)")
         elif text.startswith("/") and " " not in text:
             print("there are /reset and /exit")
         elif text:
-            prompt = encode_prompt({"instruction": text}, tokenizer, style)
-            if len(prompt) >= context:
-                print(f"that is {len(prompt)} tokens, more than the context of {context}; say it "
-                      "shorter")
+            try:
+                turns.append(encode_question(model, tokenizer, style, text))
+            except UserError as e:
+                print(e)
                 continue
-            turns.append(prompt)
             while len(turns) > 1 and sum(map(len, turns)) + room > context:
                 turns.pop(0)
             with CtrlC() as stop:
@@ -674,10 +694,7 @@ def talk(args, device):
     style = args.prompt_style or saved.get("prompt_style", "alpaca")
     if args.chat:
         return chat(model, tokenizer, style, args)
-    ids = encode_prompt({"instruction": args.ask, "input": args.input}, tokenizer, style)
-    if len(ids) >= model.cfg["context_length"]:
-        raise UserError(f"the question is {len(ids)} tokens long, more than the context of "
-                        f"{model.cfg['context_length']}; ask it shorter")
+    ids = encode_question(model, tokenizer, style, args.ask, args.input)
     print_answer(model, tokenizer, ids, args)
 
 
@@ -689,8 +706,9 @@ def parse_arguments(argv):
     parser = ArgumentParser(description="Finetune a GPT to follow instructions; or talk to it.")
     arg = parser.add_argument
     arg("--data", type=Path, help="JSON or JSONL file of records instead of the book's 1,100")
-    arg("--init", type=Path, help="checkpoint to start from, or to talk to; default: "
-        + ", else ".join(map(str, STARTS)))
+    arg("--init", type=Path, help="checkpoint to start from; default: "
+        + ", else ".join(map(str, STARTS)) + "; with --chat or --ask: the one to talk to, "
+        "default: the one at --out")
     arg("--prompt-style", choices=list(PROMPT_STYLES), help="how a record becomes a prompt; "
         "default: the checkpoint's, else alpaca")
     arg("--mask-prompt", action=argparse.BooleanOptionalAction, default=True,
@@ -698,7 +716,8 @@ def parse_arguments(argv):
     arg("--train", choices=["all", "lora"], default="all", help="what learns: every weight, or a "
         "small correction to each matrix")
     arg("--lora-rank", type=positive_int, default=16, help="width of a correction")
-    arg("--lora-alpha", type=positive_float, default=16.0, help="its size, times the rank")
+    arg("--lora-alpha", type=positive_float, default=16.0, help="its size: it is multiplied by "
+        "alpha / rank")
     arg("--no-responses", action="store_true", help="do not answer the test records")
     arg("--max-new-tokens", type=positive_int, default=256, help="the longest answer")
     arg("--judge", metavar="MODEL", help="have the answers scored by this model of an Ollama "
@@ -710,7 +729,8 @@ def parse_arguments(argv):
     arg("--input", default="", metavar="TEXT", help="what the question of --ask is about")
     arg("--temperature", type=non_negative_float, default=0.0, help="for --chat and --ask; 0 "
         "always takes the likeliest token")
-    add_training_arguments(parser, "checkpoints/instruct.pt", 2, 8, None, 40)
+    add_training_arguments(parser, "checkpoints/instruct.pt", epochs=2, batch_size=8, eval_every=40,
+                           lr=None)  # make_settings finds one
     args = parser.parse_args(argv)
     if args.input and args.ask is None:
         parser.error("argument --input: it goes with --ask")
@@ -722,12 +742,14 @@ def parse_arguments(argv):
 
 def find_start(init):
     """The checkpoint to start from. Raises UserError when there is none."""
-    found = [path for path in [init or Path(), *STARTS] if path.is_file()]
-    if not init and not found:
-        raise UserError("there is no language model to finetune; make one with: python "
-                        "load_gpt2.py (GPT-2, a download) or with: python pretrain.py (two "
-                        "minutes, nothing to download)")
-    return init or found[0]
+    if init:
+        return init
+    for path in STARTS:
+        if path.is_file():
+            return path
+    raise UserError("there is no language model to finetune; make one with: python load_gpt2.py "
+                    "(GPT-2, a download) or with: python pretrain.py (two minutes, nothing to "
+                    "download)")
 
 
 def make_settings(args, model, tokenizer, style, train_set, device):
@@ -749,14 +771,15 @@ def make_settings(args, model, tokenizer, style, train_set, device):
 def check_resume(saved, settings, path):
     """Raise UserError when the run in the checkpoint is not the one the command line describes.
 
-    Only its length may differ, as every step is like the others.
+    Its length may differ, as every step is like the others, and how often it is evaluated.
     """
     before = saved.get("settings", {})
     if "mask_prompt" not in before:
         raise UserError(f"{path} is not a run of finetune_instruct.py that can go on; start from "
                         f"its weights with: --init {path}")
-    for name in settings.keys() - {"eval_every", "dtype", "total_steps"}:
-        if before.get(name) != settings[name]:
+    for name in reversed(settings):  # the data last: it differs too if the prompt style does
+        if (name not in ("eval_every", "dtype", "total_steps")
+                and before.get(name) != settings[name]):
             raise UserError(f"{path} is a run with another --{name.replace('_', '-')}; repeat its "
                             "command, or leave out --resume to start anew")
 
@@ -776,6 +799,9 @@ def load_data(args, tokenizer, style, context_length):
         print(f"         longer than the context of {context_length} tokens: {cut} lose the end "
               f"of the answer, {left_out} have no room for one and are left out"
               + ("; --prompt-style phi3 is shorter" if style == "alpaca" else ""))
+    if args.judge and not test:
+        raise UserError(f"{path}: of {len(records)} records none is left to test, so there is "
+                        "nothing to judge; at least 10 are needed")
     if not len(train_set) or not len(val_set):
         raise UserError(f"{path}: of {len(records)} records, {len(train_set)} are left to train "
                         f"and {len(val_set)} to validate; at least one of each is needed")
@@ -800,15 +826,17 @@ def answer_and_score(model, tokenizer, test, test_set, settings, args, device):
     for entry in test[:3]:
         print(f"\n{entry['instruction']} {entry['input']}".rstrip()
               + f"\n  expected: {entry['output']}\n  answered: {entry['model_response']}")
-    print(f"\nscores   {len(test)} answers: response loss {scores['response_loss']:.3f}, "
-          f"perplexity {scores['perplexity']:.2f}, exact match {scores['exact_match']:.1%}, "
+    loss = "" if scores["response_loss"] is None else (
+        f"response loss {scores['response_loss']:.3f}, perplexity {scores['perplexity']:.2f}, ")
+    print(f"\nscores   {len(test)} answers: {loss}exact match {scores['exact_match']:.1%}, "
           f"token F1 {scores['token_f1']:.3f}")
     if args.judge:
         numbers = generate_model_scores(test, "model_response", args.judge, args.judge_url, save)
-        mean = sum(numbers) / len(numbers) if numbers else math.nan
+        mean = sum(numbers) / len(numbers) if numbers else None
         write_json(scores_path, {**scores, "judge": {"model": args.judge, "mean": mean,
                                                      "scored": len(numbers)}})
-        print(f"judge    {args.judge}: {mean:.2f} of 100, mean of {len(numbers)} of {len(test)}")
+        print(f"judge    {args.judge}: " + (f"{mean:.2f} of 100, mean of " if numbers else "")
+              + f"{len(numbers)} of {len(test)} answers scored")
     print(f"saved    {path}, {scores_path.name}\n"
           "The book's models, judged by Llama 3 8B as --judge llama3 does: 51.75 (GPT-2 355M, two "
           "epochs,\n--no-mask-prompt), 47.73 (--mask-prompt), 50.23 (--train lora "
@@ -832,6 +860,7 @@ def main(argv=None):
                                                    model.cfg["context_length"])
     settings = make_settings(args, model, tokenizer, style, train_set, device)
     torch.manual_seed(args.seed)
+    keep_freed_memory(largest=1 << 25)  # the sizes of larger ones vary: kept, they would add up
     if resume:
         check_resume(saved, settings, args.out)
         if args.dtype == "auto":  # it depends on a measurement; a resumed run keeps the choice
@@ -852,7 +881,7 @@ def main(argv=None):
           f"{args.out.with_suffix('.csv').name}")
     if test and not args.no_responses:
         answer_and_score(plain_model(model), tokenizer, test, test_set, settings, args, device)
-    print(f"\nNext: python finetune_instruct.py --chat"
+    print("\nNext: python finetune_instruct.py --chat"
           + (f" --out {args.out}" if args.out != Path("checkpoints/instruct.pt") else ""))
 
 

@@ -552,6 +552,7 @@ def load_local(path):
     cfg = {**GPT_CONFIG_124M, "vocab_size": settings["n_vocab"],
            "context_length": settings["n_ctx"], "emb_dim": settings["n_embd"],
            "n_heads": settings["n_head"], "n_layers": settings["n_layer"],
+           "drop_rate": 0.0,  # as the book has it for finetuning, chapters 6 and 7
            "qkv_bias": True, "tie_embeddings": True}
     with shapes_only():  # everything is checked before any memory is taken
         model = GPTModel(cfg)

@@ -20,6 +20,7 @@ import datetime
 import functools
 import hashlib
 import math
+import mmap
 import os
 import platform
 import sys
@@ -37,7 +38,7 @@ from gpt import (
     GPT2_SIZES, GPT_CONFIG_124M, VERDICT, VERDICT_ADDRESS, VERDICT_SHA256, ArgumentParser, CtrlC,
     GPTModel, Metrics, Progress, UserError,
     add_training_arguments, autocast, check_output, download, generate, generate_text_simple,
-    load_checkpoint, load_tokenizer, pick_device, pick_dtype, positive_int,
+    keep_freed_memory, load_checkpoint, load_tokenizer, pick_device, pick_dtype, positive_int,
     printable, read_text_pieces, run_main, save_checkpoint, text_to_token_ids, token_ids_to_text,
     tokenizer_spec, write_atomically)
 
@@ -268,11 +269,24 @@ class TokenRows:
         starts = np.asarray(rows) * self.T
         moved = np.maximum(starts + self.T - self.num_targets, 0)     # how far the last row moves
         block = self.tokens[(starts - moved)[:, None] + np.arange(self.T + 1)].astype(np.int64)
+        self.forget_pages()
         targets = np.where(np.arange(self.T) < moved[:, None], -100, block[:, 1:])
         x, y = torch.from_numpy(block[:, :-1].copy()), torch.from_numpy(targets)
         if torch.device(device).type == "cuda":  # pinned memory is copied while the GPU computes
             x, y = x.pin_memory(), y.pin_memory()
         return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+    def forget_pages(self):
+        """Let go of the parts of a mapped file that were read; they would add up to all of it."""
+        if isinstance(self.tokens, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self.tokens._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def fingerprint(self):
+        """A hash that tells this text from others: of all its tokens or, in parts, of a million."""
+        starts = np.linspace(0, max(0, len(self.tokens) - 2**14), 64).astype(int)
+        parts = b"".join(self.tokens[start:start + 2**14].tobytes() for start in starts)
+        self.forget_pages()
+        return hashlib.sha256(parts).hexdigest()
 
 
 def split_tokens(tokens, T, val_share, name):
@@ -587,8 +601,8 @@ def benchmark(args, preset, device):
                      if p.ndim == 2 and "emb" not in name)
     num_matrix += cfg["vocab_size"] * cfg["emb_dim"] * bool(cfg.get("tie_embeddings"))
     rows = TokenRows(np.random.default_rng(0).integers(0, cfg["vocab_size"], 64 * T + 1), T)
-    buffer = torch.ones(2**25 if device.type == "cpu" else 2**28, device=device)
-    bandwidth = buffer.numel() * 4 / seconds(buffer.sum, device, 5)
+    buffer = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
+    bandwidth = buffer.numel() * 4 / seconds(buffer.sum, device, 30)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     print(f"{name}, torch {torch.__version__}, memory read at {bandwidth / 1e9:.0f} GB/s\n"
@@ -608,7 +622,7 @@ def benchmark(args, preset, device):
 
         n = 1024 if device.type == "cpu" else 8192
         a = torch.ones(n, n, device=device, dtype=dtype)
-        peak = 2 * n**3 / seconds(lambda: a @ a, device, 5)
+        peak = 2 * n**3 / seconds(lambda: a @ a, device, 30)
         train = settings["batch_size"] * T / seconds(step, device, 3)
         used = train * (6 * num_matrix + 12 * cfg["n_layers"] * T * cfg["emb_dim"]) / peak
         writer = copy.deepcopy(model).to(dtype)
@@ -722,8 +736,7 @@ def make_settings(args, preset, train_rows):
     epochs = settings["epochs"] * per_epoch if settings["epochs"] else math.inf
     settings["total_steps"] = min(epochs, settings["max_steps"] or math.inf)
     settings["warmup_steps"] = min(settings["warmup_steps"], settings["total_steps"] // 10)
-    settings["fingerprint"] = hashlib.sha256(np.ascontiguousarray(
-        train_rows.tokens[::max(1, len(train_rows.tokens) // 10**6)]).tobytes()).hexdigest()
+    settings["fingerprint"] = train_rows.fingerprint()
     return settings
 
 
@@ -751,6 +764,7 @@ def main(argv=None):
     preset = PRESETS[args.preset]
     device = join_processes(args.device)
     torch.set_float32_matmul_precision("high")  # on a GPU, TF32 for what stays float32
+    keep_freed_memory(largest=1 << 30)          # each step frees and takes blocks of equal sizes
     if args.benchmark:
         return benchmark(args, preset, device)
     torch.manual_seed(args.seed)

@@ -135,7 +135,43 @@ class TestAttention(unittest.TestCase):
             future = torch.arange(5)[None, :] > torch.arange(5)[:, None]
             weights = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
             heads.append(weights @ v[..., h])
-        torch.testing.assert_close(att(x), att.out_proj(torch.cat(heads, dim=-1)))
+        expected = att.out_proj(torch.cat(heads, dim=-1))
+        torch.testing.assert_close(att(x), expected)
+        for mask in (None, torch.ones(5, 5, dtype=torch.bool).tril()):
+            split = (t.view(3, 5, 2, 4).transpose(1, 2) for t in (q, k, v))
+            stepwise = att.attend_in_steps(*split, mask).transpose(1, 2).reshape(3, 5, 8)
+            torch.testing.assert_close(att.out_proj(stepwise), expected)
+
+    def test_training_in_bfloat16_attends_as_in_float32_up_to_rounding(self):
+        torch.manual_seed(0)
+        att, x = gpt.MultiHeadAttention(64, 64, 100, 0.0, num_heads=2), torch.randn(2, 100, 64)
+        results = []
+        for dtype in (torch.float32, torch.bfloat16):
+            att.zero_grad()
+            with gpt.autocast("cpu", dtype):
+                y = att(x).float()
+            y.square().mean().backward()
+            results.append(torch.cat([y.flatten(), *(100 * p.grad.flatten() for p in
+                                                     att.parameters() if p.grad is not None)]))
+        exact, rounded = results
+        self.assertLess(float((exact - rounded).norm() / exact.norm()), 0.02)
+        self.assertGreater(float((exact - rounded).norm()), 0)
+
+    def test_dropout_drops_its_share_independently_and_keeps_the_mean(self):
+        torch.manual_seed(0)
+        for p in (0.1, 0.5):
+            drop, x = gpt.Dropout(p), torch.ones(401, 1001, requires_grad=True)  # 4 do not fit
+            y = drop(x)
+            y.sum().backward()
+            self.assertEqual({round(v, 4) for v in y.unique().tolist()}, {0, round(1 / (1 - p), 4)})
+            dropped = (y == 0).double()
+            self.assertAlmostEqual(float(dropped.mean()), p, delta=0.003)
+            for neighbour in (1, 2, 3, 4, 1001):     # no pair goes together more than by chance
+                both = (dropped.flatten()[neighbour:] * dropped.flatten()[:-neighbour]).mean()
+                self.assertAlmostEqual(float(both), p * p, delta=0.003)
+            torch.testing.assert_close(x.grad, y.detach())
+            self.assertIs(drop.eval()(x), x)
+        self.assertEqual(float(gpt.Dropout(1.0)(torch.ones(3)).sum()), 0)
 
     def test_fast_attention_equals_the_wrapper_with_equal_weights(self):
         wrapper = gpt.MultiHeadAttentionWrapper(6, 2, 5, 0.0, num_heads=3)
@@ -662,6 +698,24 @@ class TestTokensOnDisk(InFolder):
         self.assertLess(peaks[1], peaks[0] + 500_000)
 
 
+    @unittest.skipUnless(Path("/proc/self/status").exists(), "reads Linux's account of memory")
+    def test_reading_every_row_does_not_keep_the_file_in_memory(self):
+        def mapped():  # megabytes of files that the process holds
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            return int(re.search(r"RssFile:\s+(\d+)", status)[1]) / 1000
+
+        np.arange(20_000_000, dtype=np.uint16).tofile("tokens.bin")  # 40 MB
+        rows = pretrain.TokenRows(np.memmap("tokens.bin", np.uint16, mode="r")[:-5], T=1000)
+        before = mapped()
+        for row in range(rows.num_rows - 1):
+            x, _ = rows.batch([row])
+            self.assertEqual(int(x[0, 0]), row * 1000 % 65536)
+        first = rows.fingerprint()
+        self.assertLess(mapped(), before + 8)
+        self.assertEqual(first, pretrain.TokenRows(np.array(rows.tokens), T=1000).fingerprint())
+        self.assertNotEqual(first, pretrain.TokenRows(rows.tokens[1:], T=1000).fingerprint())
+
+
 class TestTrainingSteps(unittest.TestCase):
     def test_unequal_small_batches_give_the_gradient_of_one_large_one(self):
         rows = pretrain.TokenRows(np.random.default_rng(0).integers(0, 257, 70), T=16)
@@ -751,6 +805,22 @@ class TestPretrainCommand(InFolder):
         self.assertEqual(status, 0)
         self.assertEqual(gpt.load_checkpoint("next.pt")[2]["config"],
                          gpt.load_checkpoint("run.pt")[2]["config"])
+
+    def test_what_torch_compile_traced_trains_and_writes_the_same(self):
+        run = (*SMALL_RUN, "--max-steps", 3, "--dtype", "float32")
+        ask = ("--checkpoint", "run.pt", "--prompt", "The", "--max-new-tokens", 12,  # slides
+               "--dtype", "float32")
+        call(pretrain.main, *run)
+        expected, (_, text, _) = weights("run.pt"), call(gpt.main, *ask)
+        compiled = functools.partial(torch.compile, backend="eager")  # needs no C++ compiler
+        with mock.patch.object(torch, "compile", compiled):
+            status, out, err = call(pretrain.main, *run, "--compile", "--out", "compiled.pt")
+            self.assertEqual((status, err), (0, ""))
+            self.assertIn("torch.compile and the first step took", out)
+            torch.testing.assert_close(weights("compiled.pt"), expected)
+            status, out, err = call(gpt.main, *ask, "--compile")
+        self.assertEqual((status, out), (0, text))
+        self.assertIn("torch.compile took", err)
 
     def test_the_quick_preset_needs_no_file_and_no_network(self):
         with mock.patch("requests.get", side_effect=AssertionError("network used")):
@@ -2569,10 +2639,12 @@ class TestInstructionTraining(InFolder):
             torch.testing.assert_close(*gradients)
 
     def test_long_records_make_smaller_batches(self):
-        dataset = [[1] * 1000] * 12
-        parts = instruct.cut_into_batches(
-            np.arange(12), dataset, {"batch_size": 8, "context_length": 1024})
-        self.assertEqual([len(part) for part in parts], [4, 4, 4])
+        settings = {**self.settings, "batch_size": 5, "context_length": 1024}
+        dataset = [[1] * 50] * 7 + [[1] * 1024] * 9 + [[1] * 5000]
+        parts = instruct.make_batches(dataset, np.arange(17), settings, "cpu", False)
+        self.assertEqual([len(rows) for rows, _, _ in parts], [5, 5, 4, 3])
+        self.assertEqual([i for rows, _, _ in parts for i in rows], list(range(17)))
+        self.assertEqual(instruct.make_batches(dataset, [], settings, "cpu", False), [])
 
     def test_a_killed_run_resumed_equals_one_that_was_not(self):
         class Killed(BaseException):
@@ -2650,7 +2722,7 @@ class TestInstructionTraining(InFolder):
             with mock.patch.object(sys, "stdin", mock.Mock()):
                 status, out, _ = call(instruct.main, "--out", "i.pt", "--chat")
         self.assertEqual(status, 0)
-        self.assertIn("more than the context of 64", out)
+        self.assertIn("no room for an answer in the context of 64", out)
 
     def test_token_f1_written_out(self):
         self.assertAlmostEqual(instruct.token_f1("The cat sat.", "the cat sat down"), 6 / 7)
@@ -2690,7 +2762,19 @@ class TestInstructionTraining(InFolder):
         with mock.patch.object(instruct, "accumulate_gradients", return_value=math.nan):
             err = self.run_script("--out", "i.pt", "--resume", "--no-responses", expect=1)
         self.assertIn("the loss is nan at step 3", err)
+        with mock.patch.object(instruct, "mean_loss", return_value=math.nan):
+            err = self.run_script("--out", "i.pt", "--resume", "--no-responses", expect=1)
+        self.assertIn("the validation loss is nan at step", err)
         self.assertEqual(Path("i.pt").read_bytes(), before)
+
+    def test_test_records_that_all_exceed_the_context_have_answers_but_no_loss(self):
+        records = [{**r, "instruction": "x" * 99} if 25 <= i < 28 else r
+                   for i, r in enumerate(RECORDS)]
+        Path("records.json").write_text(json.dumps(records), encoding="utf-8")
+        out = self.run_script("--out", "i.pt", "--max-steps", "1")
+        self.assertIn("3 answers: exact match", out)
+        scores = json.loads(Path("i-scores.json").read_text(encoding="utf-8"))
+        self.assertIsNone(scores["response_loss"])
 
 
 class TestJudge(InFolder):
