@@ -11,8 +11,8 @@ texts and labels. Writes checkpoints/classifier.pt when training ends: the evalu
 on the validation texts, with its test figures. Until then classifier-resume.pt holds the newest
 state, for --resume. The metrics go to classifier.csv.
 
-Read it in order: texts and labels -> token IDs -> the model in two parts, frozen and trained ->
-the book's simple loop -> the loop that runs -> the report -> main. Book chapter 6, appendix E.
+Read it in order: texts and labels -> token IDs -> the book's simple loop -> the model in two
+parts, frozen and trained -> the loop that runs -> the report -> main. Book chapter 6, appendix E.
 Shapes as in gpt.py: B rows, T tokens, C embedding width.
 """
 
@@ -36,9 +36,9 @@ from torch.utils.data import Dataset
 
 from gpt import (
     ArgumentParser, CtrlC, Metrics, Progress, UserError, add_training_arguments, autocast,
-    check_output, download, load_checkpoint, merge_lora, non_negative_float, pick_device,
-    pick_dtype, positive_float, positive_int, random_state, read_text_pieces, replace_head,
-    replace_linear_with_lora, run_main, save_checkpoint, save_dictionary,
+    check_output, download, find_start, load_checkpoint, merge_lora, non_negative_float,
+    pick_device, pick_dtype, positive_float, positive_int, random_state, read_text_pieces,
+    replace_head, replace_linear_with_lora, run_main, save_checkpoint, save_dictionary,
     set_random_state, write_atomically)
 
 SMS_NAME = "SMSSpamCollection"
@@ -234,81 +234,6 @@ def collate(batch):
     return (*pad(rows), torch.stack(labels))
 
 
-# ---------------------------------------------------------------------------------------------
-# The model in two parts. Most of it stays as it is, and what stays computes the same in every
-# epoch: it reads each text once, and only the rest is run again and again.
-
-def freeze(model, train, rank=16, alpha=16):
-    """Let only a part of the model learn -> how many blocks, from the bottom, stay as they are.
-
-    "head": the new head. "last-block": also the last block and the final norm (book section 6.5).
-    "all": everything. "lora": the head, and a correction to every matrix in the blocks (book
-    appendix E; Hu et al. 2021).
-    """
-    num_blocks = len(model.trf_blocks)
-    model.requires_grad_(train == "all")
-    model.out_head.requires_grad_(True)
-    if train == "last-block":
-        model.trf_blocks[-1].requires_grad_(True)
-        model.final_norm.requires_grad_(True)
-    if train == "lora":
-        replace_linear_with_lora(model.trf_blocks, rank, alpha)
-    return {"head": num_blocks, "last-block": num_blocks - 1, "all": 0, "lora": 0}[train]
-
-
-def last_token_block(block, x, lengths):
-    """`block(x)` at the last real token of each row only: (B, T, C) -> (B, C).
-
-    That one position is all that the head reads. Every token offers its key and value to it, but
-    the query, the output and the feed-forward layer, five sixths of the work, are for it alone.
-    """
-    (B, T, C), att = x.shape, block.att
-    rows, last = torch.arange(B, device=x.device), lengths - 1
-
-    def split_heads(t):  # (B, T, C) -> (B, H, T, D)
-        return t.view(B, -1, att.num_heads, C // att.num_heads).transpose(1, 2)
-
-    normed = block.norm1(x)
-    queries = split_heads(att.W_query(normed[rows, last]))        # (B, H, 1, D)
-    keys, values = split_heads(att.W_key(normed)), split_heads(att.W_value(normed))
-    # The last real token sees itself and what is before it, and not the padding behind it.
-    real = torch.arange(T, device=x.device) < lengths[:, None]    # (B, T)
-    context_vec = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=real[:, None, None],
-        dropout_p=att.dropout.p if att.training else 0.0)
-    x = x[rows, last] + block.drop_resid(att.out_proj(context_vec.reshape(B, C)))
-    return x + block.drop_resid(block.ff(block.norm2(x)))
-
-
-def run_frozen(model, ids, lengths, depth):
-    """Token IDs (B, T) -> what the first `depth` blocks make of them, (B, T, C).
-
-    If these are all blocks, only the last real token is of use: (B, 1, C).
-    """
-    # subtle: rows are padded at the right, and no mask is needed: causal attention never looks
-    # right, so no real token sees the padding. What the padding itself yields is never read.
-    x = model.drop_emb(model.tok_emb(ids)
-                       + model.pos_emb(torch.arange(ids.shape[1], device=ids.device)))
-    num_blocks = len(model.trf_blocks)
-    x = model.trf_blocks[:min(depth, num_blocks - 1)](x)
-    if depth == num_blocks:
-        x = last_token_block(model.trf_blocks[-1], x, lengths)[:, None]
-    return x
-
-
-def run_rest(model, x, lengths, depth):
-    """What `run_frozen` made, (B, T, C) -> a score per class at the last real token, (B, classes).
-
-    Token IDs (B, T) go through the frozen part first.
-    """
-    if not x.is_floating_point():
-        x = run_frozen(model, x, lengths, depth)
-    if depth < len(model.trf_blocks):
-        x = model.trf_blocks[depth:-1](x)
-        x = last_token_block(model.trf_blocks[-1], x, lengths)[:, None]
-    return model.out_head(model.final_norm(x[:, 0]))
-
-
 def batches_of_similar_length(rows, most_tokens=2048):
     """Row numbers in batches, longest first, that hold little padding."""
     order, batch = sorted(range(len(rows)), key=lambda i: -len(rows[i])), []
@@ -318,40 +243,6 @@ def batches_of_similar_length(rows, most_tokens=2048):
             batch = []
         batch.append(i)
     yield batch
-
-
-@torch.no_grad()
-def compute_frozen(model, ids, depth, settings, device):
-    """Run every text through the frozen part once: list of (T_i,) -> list of (T_i, C)."""
-    model.eval()  # dropout would make each epoch's output another one
-    lengths = [1 if depth == len(model.trf_blocks) else len(row) for row in ids]
-    # float32, as the sums along the shortcuts are: rounding would make it another run.
-    kept = torch.empty(sum(lengths), model.cfg["emb_dim"]).split(lengths)
-    progress, done = Progress(sum(map(len, ids)), "tokens"), 0
-    for batch in batches_of_similar_length(ids):
-        x, batch_lengths = pad([ids[i] for i in batch], device)
-        with autocast(device, settings["dtype"]):
-            x = run_frozen(model, x, batch_lengths, depth)
-        for i, row in zip(batch, x):
-            kept[i].copy_(row[:lengths[i]])
-        done += int(batch_lengths.sum())
-        progress.update(done, f"reading each text once, {depth} of {len(model.trf_blocks)} blocks")
-    progress.close()
-    return list(kept)
-
-
-def free_memory():
-    """Bytes of memory that are free, as Linux and its containers tell; elsewhere a guess."""
-    free = []
-    with contextlib.suppress(OSError, StopIteration):
-        with open("/proc/meminfo", encoding="ascii") as file:
-            line = next(line for line in file if line.startswith("MemAvailable"))
-            free.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is the word "max"
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii"))
-                       for name in ("max", "current"))
-        free.append(limit - used)
-    return min(free, default=4 * 2**30)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -444,6 +335,115 @@ def classify_texts(texts, model, tokenizer, device):
 def classify_review(text, model, tokenizer, device, class_names=("not spam", "spam")):
     """The likeliest class of one text. Book section 6.8."""
     return class_names[int(classify_texts([text], model, tokenizer, device).argmax())]
+
+
+# ---------------------------------------------------------------------------------------------
+# The model in two parts. Most of it stays as it is, and what stays computes the same in every
+# epoch: it reads each text once, and only the rest is run again and again.
+
+def freeze(model, train, rank=16, alpha=16):
+    """Let only a part of the model learn -> how many blocks, from the bottom, stay as they are.
+
+    "head": the new head. "last-block": also the last block and the final norm (book section 6.5).
+    "all": everything. "lora": the head, and a correction to every matrix in the blocks (book
+    appendix E; Hu et al. 2021).
+    """
+    num_blocks = len(model.trf_blocks)
+    model.requires_grad_(train == "all")
+    model.out_head.requires_grad_(True)
+    if train == "last-block":
+        model.trf_blocks[-1].requires_grad_(True)
+        model.final_norm.requires_grad_(True)
+    if train == "lora":
+        replace_linear_with_lora(model.trf_blocks, rank, alpha)
+    return {"head": num_blocks, "last-block": num_blocks - 1, "all": 0, "lora": 0}[train]
+
+
+def last_token_block(block, x, lengths):
+    """`block(x)` at the last real token of each row only: (B, T, C) -> (B, C).
+
+    That one position is all that the head reads. Every token offers its key and value to it, but
+    the query, the output and the feed-forward layer, five sixths of the work, are for it alone.
+    """
+    (B, T, C), att = x.shape, block.att
+    rows, last = torch.arange(B, device=x.device), lengths - 1
+
+    def split_heads(t):  # (B, T, C) -> (B, H, T, D)
+        return t.view(B, -1, att.num_heads, C // att.num_heads).transpose(1, 2)
+
+    normed = block.norm1(x)
+    queries = split_heads(att.W_query(normed[rows, last]))        # (B, H, 1, D)
+    keys, values = split_heads(att.W_key(normed)), split_heads(att.W_value(normed))
+    # The last real token sees itself and what is before it, and not the padding behind it.
+    real = torch.arange(T, device=x.device) < lengths[:, None]    # (B, T)
+    context_vec = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=real[:, None, None],
+        dropout_p=att.dropout.p if att.training else 0.0)
+    x = x[rows, last] + block.drop_resid(att.out_proj(context_vec.reshape(B, C)))
+    return x + block.drop_resid(block.ff(block.norm2(x)))
+
+
+def run_frozen(model, ids, lengths, depth):
+    """Token IDs (B, T) -> what the first `depth` blocks make of them, (B, T, C).
+
+    If these are all blocks, only the last real token is of use: (B, 1, C).
+    """
+    # subtle: rows are padded at the right, and no mask is needed: causal attention never looks
+    # right, so no real token sees the padding. What the padding itself yields is never read.
+    x = model.drop_emb(model.tok_emb(ids)
+                       + model.pos_emb(torch.arange(ids.shape[1], device=ids.device)))
+    num_blocks = len(model.trf_blocks)
+    x = model.trf_blocks[:min(depth, num_blocks - 1)](x)
+    if depth == num_blocks:
+        x = last_token_block(model.trf_blocks[-1], x, lengths)[:, None]
+    return x
+
+
+def run_rest(model, x, lengths, depth):
+    """What `run_frozen` made, (B, T, C) -> a score per class at the last real token, (B, classes).
+
+    Token IDs (B, T) go through the frozen part first.
+    """
+    if not x.is_floating_point():
+        x = run_frozen(model, x, lengths, depth)
+    if depth < len(model.trf_blocks):
+        x = model.trf_blocks[depth:-1](x)
+        x = last_token_block(model.trf_blocks[-1], x, lengths)[:, None]
+    return model.out_head(model.final_norm(x[:, 0]))
+
+
+@torch.no_grad()
+def compute_frozen(model, ids, depth, settings, device):
+    """Run every text through the frozen part once: list of (T_i,) -> list of (T_i, C)."""
+    model.eval()  # dropout would make each epoch's output another one
+    lengths = [1 if depth == len(model.trf_blocks) else len(row) for row in ids]
+    # float32, as the sums along the shortcuts are: rounding would make it another run.
+    kept = torch.empty(sum(lengths), model.cfg["emb_dim"]).split(lengths)
+    progress, done = Progress(sum(map(len, ids)), "tokens"), 0
+    for batch in batches_of_similar_length(ids):
+        x, batch_lengths = pad([ids[i] for i in batch], device)
+        with autocast(device, settings["dtype"]):
+            x = run_frozen(model, x, batch_lengths, depth)
+        for i, row in zip(batch, x):
+            kept[i].copy_(row[:lengths[i]])
+        done += int(batch_lengths.sum())
+        progress.update(done, f"reading each text once, {depth} of {len(model.trf_blocks)} blocks")
+    progress.close()
+    return list(kept)
+
+
+def free_memory():
+    """Bytes of memory that are free, as Linux and its containers tell; elsewhere a guess."""
+    free = []
+    with contextlib.suppress(OSError, StopIteration):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("MemAvailable"))
+            free.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is the word "max"
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii"))
+                       for name in ("max", "current"))
+        free.append(limit - used)
+    return min(free, default=4 * 2**30)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -644,23 +644,14 @@ def parse_arguments(argv):
     arg("--train", choices=["head", "last-block", "all", "lora"], default="last-block",
         help="which part learns")
     arg("--lora-rank", type=positive_int, default=16, help="width of LoRA's corrections")
-    arg("--lora-alpha", type=positive_float, default=16.0, help="their size, times the rank")
+    arg("--lora-alpha", type=positive_float, default=16.0, help="their size: they are "
+        "multiplied by alpha / rank")
     arg("--weight-decay", type=non_negative_float, default=0.1, help="pull towards zero")
     arg("--seeds", type=positive_int, default=1, help="repeat everything with as many seeds")
     arg("--keep-limit", type=non_negative_float, metavar="MB", help="keep what the frozen part "
         "computes if it takes no more than this; default: half of the free memory")
     add_training_arguments(parser, "checkpoints/classifier.pt", 5, 8, None, None)
     return parser.parse_args(argv)
-
-
-def find_start(init):
-    """The checkpoint to start from. Raises UserError when there is none."""
-    found = [path for path in STARTS if path.exists()]
-    if not init and not found:
-        raise UserError("there is no language model to start from; make one with: python "
-                        "load_gpt2.py (GPT-2, a download) or with: python pretrain.py (two "
-                        "minutes, nothing to download)")
-    return init or found[0]
 
 
 def make_settings(args, seed, parts, class_names, model, device):
@@ -813,7 +804,7 @@ def main(argv=None):
         return classify_command(args)
     device = pick_device(args.device)
     check_output(args.out)
-    start = find_start(args.init)
+    start = find_start(args.init, STARTS)
     path = args.data or download_and_unzip_spam_data()
     examples, remarks = read_labelled_texts(path, args.text_column, args.label_column)
     class_names = check_classes(path, examples)

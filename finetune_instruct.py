@@ -35,10 +35,11 @@ from torch.utils.data import Dataset
 
 from gpt import (
     ArgumentParser, CtrlC, LinearWithLoRA, Metrics, Progress, UserError, add_training_arguments,
-    autocast, check_output, decode_stream, download, generate, generate_stream, keep_freed_memory,
-    load_checkpoint, merge_lora, non_negative_float, pick_device, pick_dtype, positive_float,
-    positive_int, printable, random_state, read_text_pieces, replace_linear_with_lora, run_main,
-    save_checkpoint, set_random_state, write_atomically)
+    autocast, best_path, check_output, decode_stream, download, find_start, generate,
+    generate_stream, keep_freed_memory, load_checkpoint, merge_lora, non_negative_float,
+    pick_device, pick_dtype, positive_float, positive_int, printable, random_state,
+    read_text_pieces, replace_linear_with_lora, run_main, save_checkpoint, set_random_state,
+    write_atomically)
 
 RECORDS = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/"
            "01_main-chapter-code/instruction-data.json")
@@ -420,11 +421,6 @@ def save_state(out, model, tokenizer, better, settings, **state):
                     unmerged=unmerged(model), random=random_state(), **state)
 
 
-def best_path(out):
-    """checkpoints/instruct.pt -> checkpoints/instruct-best.pt"""
-    return out.with_name(out.stem + "-best" + out.suffix)
-
-
 def steps_per_epoch(num_records, settings):
     """Optimizer steps in which each record is seen once."""
     return math.ceil(num_records / (settings["batch_size"] * settings["grad_accum"]))
@@ -740,18 +736,6 @@ def parse_arguments(argv):
     return args
 
 
-def find_start(init):
-    """The checkpoint to start from. Raises UserError when there is none."""
-    if init:
-        return init
-    for path in STARTS:
-        if path.is_file():
-            return path
-    raise UserError("there is no language model to finetune; make one with: python load_gpt2.py "
-                    "(GPT-2, a download) or with: python pretrain.py (two minutes, nothing to "
-                    "download)")
-
-
 def make_settings(args, model, tokenizer, style, train_set, device):
     """What decides the result of a run, as numbers and strings, and the number of steps."""
     # GPT-2's learning rate is the book's; a narrower model needs larger steps.
@@ -853,7 +837,7 @@ def main(argv=None):
     if args.judge:
         find_judge(args.judge, args.judge_url)
     resume = args.resume and args.out.exists()
-    start = args.out if resume else find_start(args.init)
+    start = args.out if resume else find_start(args.init, STARTS)
     model, tokenizer, saved = load_checkpoint(start)
     style = args.prompt_style or saved.get("prompt_style", "alpaca")
     train_set, val_set, test, test_set = load_data(args, tokenizer, style,

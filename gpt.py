@@ -1095,6 +1095,21 @@ def keep_freed_memory(largest):
         mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD: ... up to a gigabyte of them
 
 
+def find_start(init, candidates):
+    """The checkpoint to start from: `init` or the first candidate that is there, else UserError."""
+    found = init or next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise UserError("there is no language model to start from; make one with: python "
+                        "load_gpt2.py (GPT-2, a download) or with: python pretrain.py (two "
+                        "minutes, nothing to download)")
+    return found
+
+
+def best_path(out):
+    """checkpoints/pretrained.pt -> checkpoints/pretrained-best.pt"""
+    return out.with_name(out.stem + "-best" + out.suffix)
+
+
 def check_output(path):
     """Find out before the work, not after, that `path` can be written. Raises UserError."""
     path = Path(path)

@@ -36,11 +36,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from gpt import (
     GPT2_SIZES, GPT_CONFIG_124M, VERDICT, VERDICT_ADDRESS, VERDICT_SHA256, ArgumentParser, CtrlC,
-    GPTModel, Metrics, Progress, UserError,
-    add_training_arguments, autocast, check_output, download, generate, generate_text_simple,
-    keep_freed_memory, load_checkpoint, load_tokenizer, pick_device, pick_dtype, positive_int,
-    printable, read_text_pieces, run_main, save_checkpoint, text_to_token_ids, token_ids_to_text,
-    tokenizer_spec, write_atomically)
+    GPTModel, Metrics, Progress, UserError, add_training_arguments, autocast, best_path,
+    check_output, download, generate, generate_text_simple, keep_freed_memory, load_checkpoint,
+    load_tokenizer, pick_device, pick_dtype, positive_int, printable, read_text_pieces, run_main,
+    save_checkpoint, text_to_token_ids, token_ids_to_text, tokenizer_spec, write_atomically)
 
 SMALL = {"vocab_size": None,  # the tokenizer's
          "context_length": 256, "emb_dim": 192, "n_heads": 3, "n_layers": 3, "drop_rate": 0.0,
@@ -548,11 +547,6 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
                 raise KeyboardInterrupt
     if rank == 0:
         metrics.plot()
-
-
-def best_path(out):
-    """checkpoints/pretrained.pt -> checkpoints/pretrained-best.pt"""
-    return out.with_name(out.stem + "-best" + out.suffix)
 
 
 def plain(settings):

@@ -238,11 +238,12 @@ class BPETokenizer:
     def train(self, text, vocab_size, special_tokens=(END_OF_TEXT,)):
         """Learn a vocabulary of `vocab_size` tokens, the bytes and special tokens included.
 
-        `text` is a str or an iterable of str, which is read once and never held as a whole. Equal
-        counts: the pair with the smaller IDs merges first, so the same text gives the same
-        vocabulary. A text too small for `vocab_size` gives as many merges as there are, and a
-        sentence on stderr. Raises UserError for a `vocab_size` that the bytes and special tokens
-        already exceed, TypeError and ValueError as `encode` does.
+        `text` is a str or an iterable of str, which is read once and never held as a whole; cut it
+        before white space, as each piece is split into chunks on its own. Equal counts: the pair
+        with the smaller IDs merges first, so the same text gives the same vocabulary. A text too
+        small for `vocab_size` gives as many merges as there are, and a sentence on stderr. Raises
+        UserError for a `vocab_size` that the bytes and special tokens already exceed, TypeError
+        and ValueError as `encode` does.
         """
         if isinstance(special_tokens, str) or len({"", *special_tokens}) <= len(special_tokens):
             raise UserError("special_tokens must be a list of different, non-empty strings")
