@@ -59,13 +59,13 @@ PRESETS = {
         "batch_size": 4,             # rows of context_length tokens in a batch
         "grad_accum": 1,             # batches whose gradients are added up for one step
         "epochs": None,              # passes over the text; None: as many as max_steps takes
-        "max_steps": 900,            # optimizer steps
+        "max_steps": 1000,           # optimizer steps
         "lr": 0.02,                  # learning rate at its peak
         "warmup_steps": 50,          # steps in which it rises from 0, at most a tenth of all
         "final_lr_share": 0.0,       # what is left of it at the end; 1 keeps it constant
         "weight_decay": 0.1,         # how strongly matrices are pulled to 0
         "clip": 1.0,                 # a longer gradient is shortened to this; None: never
-        "eval_every": 225,           # steps from one evaluation, with its checkpoint, to the next
+        "eval_every": 250,           # steps from one evaluation, with its checkpoint, to the next
         "prompt": "The import statement"},   # what each evaluation continues
     # The book's run, section 5.2: constant learning rate, torch's own initial values.
     "verdict": {
@@ -584,7 +584,7 @@ def benchmark(args, preset, device):
     """Print tokens/s in training and generation, and what the machine could do at best.
 
     A token costs 6 operations per weight of a matrix (2 forward, 4 backward) and 12 n_layers T C
-    for attention (Chowdhery et al. 2022, appendix B). Generating one reads every weight once.
+    for attention (Chowdhery et al. 2022, appendix B). Generating one reads every matrix once.
     """
     torch.manual_seed(args.seed)
     tokenizer = args.tokenizer or preset["tokenizer"]
@@ -622,7 +622,7 @@ def benchmark(args, preset, device):
         writer = copy.deepcopy(model).to(dtype)
         idx, new = torch.zeros(1, 8, dtype=torch.long, device=device), min(64, T - 8)
         tokens = new / seconds(lambda: generate(writer, idx, new, T), device, 1)
-        read = tokens * sum(p.numel() * p.element_size() for p in writer.parameters()) / bandwidth
+        read = tokens * num_matrix * dtype.itemsize / bandwidth
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
         print(f"{plain(settings)['dtype']:8s} {settings['batch_size']:6d} {train:15,.0f} "
               f"{100 * used:13.0f} % {tokens:18,.1f} {100 * read:11.0f} % {memory / 1e9:3.1f}",

@@ -520,6 +520,16 @@ class TestDevice(unittest.TestCase):
         with ticking(1.0, 0.9):        # too close to be "really faster"
             self.assertIs(gpt.pick_dtype("auto", "cpu"), torch.float32)
         self.assertIs(gpt.pick_dtype("float32", "cpu"), torch.float32)
+        self.assertIs(gpt.pick_dtype("auto", "cpu", generation=True), torch.float32)
+        self.assertIs(gpt.pick_dtype("bfloat16", "cpu", generation=True), torch.bfloat16)
+
+    def test_keeping_freed_memory_is_left_out_where_the_c_library_cannot(self):
+        gpt.keep_freed_memory(largest=1 << 20)
+        for error in (OSError, TypeError):          # no such library; Windows wants a name
+            with mock.patch.object(gpt.ctypes, "CDLL", side_effect=error):
+                gpt.keep_freed_memory(largest=1 << 20)
+        with mock.patch.object(gpt.ctypes, "CDLL", return_value=object()):   # macOS, musl
+            gpt.keep_freed_memory(largest=1 << 20)
 
     def test_parameters_stay_float32_under_bfloat16(self):
         model = tiny_model()
@@ -1530,7 +1540,7 @@ class DownloadTest(unittest.TestCase):
         self.check_fails("does not say how long")
 
     def test_ctrl_c_keeps_the_part_and_a_later_call_resumes(self):
-        update, self.answers = gpt.Progress.update, [self.ranged]
+        self.answers = [self.ranged]
 
         def interrupt(progress, done, text=""):
             if done > 100_000:
