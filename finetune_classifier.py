@@ -94,8 +94,8 @@ def download_and_unzip_spam_data(urls=SMS_URLS, path=Path("data") / SMS_NAME, sh
 def read_table(path):
     """A TSV or CSV file -> list of (line number, cells). Raises UserError.
 
-    A name in .csv or .tsv says which; else it is CSV if the first line has commas and no tab. In
-    CSV, quotes hold text together that has commas or line breaks in it.
+    The ending .csv or .tsv decides; with any other, a first line with commas and no tab means CSV.
+    In CSV, quotes hold text together that has commas or line breaks in it.
     """
     path = Path(path)
     text = "".join(read_text_pieces(path)).removeprefix("\ufeff")   # Excel's byte order mark
@@ -125,10 +125,10 @@ def find_columns(path, first, text_column=None, label_column=None):
     def find(wanted, usual):
         if wanted is None:
             return names.index(usual) if usual in names else None
-        if wanted.lower() in names:
-            return names.index(wanted.lower())
         if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
             return int(wanted) - 1
+        if wanted.lower() in names:
+            return names.index(wanted.lower())
         raise UserError(f"{path} has no column {wanted!r}; its first line has {len(names)}: "
                         + ", ".join(repr(cell[:30]) for cell in first))
 
@@ -147,15 +147,13 @@ def read_labelled_texts(path, text_column=None, label_column=None):
             if any(cell.strip() for cell in cells)]               # a blank line is nothing
     if not rows:
         raise UserError(f"{path} has no texts; give a table of labels and texts")
-    needed = 2
+    width = len(rows[0][1])
     for number, cells in rows:
-        if len(cells) < needed:
+        if not 2 <= len(cells) == width:
             raise UserError(f"{path}, line {number}: {len(cells)} column"
-                            f"{'s' * (len(cells) > 1)}, at least {needed} are needed; tabs divide "
-                            "the columns, in a .csv file commas")
-        if cells is rows[0][1]:
-            text, label = find_columns(path, cells, text_column, label_column)
-            needed = max(text, label) + 1
+                            f"{'s' * (len(cells) > 1)}, expected {max(2, width)}; tabs divide the "
+                            "columns, in a .csv file commas, where quotes keep a text together")
+    text, label = find_columns(path, rows[0][1], text_column, label_column)
     examples = [(cells[label].strip(), cells[text]) for _, cells in rows]
     remarks = []
     # Labels repeat, a header does not.
@@ -171,6 +169,8 @@ def read_labelled_texts(path, text_column=None, label_column=None):
 def check_classes(path, examples):
     """The class names, sorted. Raises UserError when there is nothing to tell apart or to split."""
     counts = Counter(label for label, _ in examples)
+    if not counts:
+        raise UserError(f"{path} has no labelled texts; give a table of labels and texts")
     if len(counts) < 2:
         raise UserError(f"{path} has only the class {', '.join(counts)!r}; at least two are "
                         "needed. Is --label-column the right one?")
@@ -242,7 +242,8 @@ def batches_of_similar_length(rows, most_tokens=2048):
             yield batch
             batch = []
         batch.append(i)
-    yield batch
+    if batch:
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------
@@ -316,30 +317,9 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
     return train_losses, val_losses, train_accs, val_accs, examples_seen
 
 
-def classify_texts(texts, model, tokenizer, device):
-    """Texts -> probabilities (number of texts, classes). Raises ValueError for an empty text."""
-    ids = [torch.tensor(row[:model.cfg["context_length"]], dtype=torch.long)
-           for row in tokenizer.encode_ordinary_batch(list(texts))]
-    if not all(map(len, ids)):
-        raise ValueError("a text is empty; there is nothing to classify")
-    model.eval()
-    probs = [None] * len(ids)
-    with torch.no_grad():
-        for batch in batches_of_similar_length(ids):
-            logits = classify_batch(model, *pad([ids[i] for i in batch], device))
-            for i, row in zip(batch, torch.softmax(logits.float(), dim=-1).cpu()):
-                probs[i] = row
-    return torch.stack(probs)
-
-
-def classify_review(text, model, tokenizer, device, class_names=("not spam", "spam")):
-    """The likeliest class of one text. Book section 6.8."""
-    return class_names[int(classify_texts([text], model, tokenizer, device).argmax())]
-
-
 # ---------------------------------------------------------------------------------------------
-# The model in two parts. Most of it stays as it is, and what stays computes the same in every
-# epoch: it reads each text once, and only the rest is run again and again.
+# The model in two parts. Most of it stays as it is, and the part that stays gives the same output
+# in every epoch. So it reads each text once, and only the rest runs again and again.
 
 def freeze(model, train, rank=16, alpha=16):
     """Let only a part of the model learn -> how many blocks, from the bottom, stay as they are.
@@ -362,8 +342,8 @@ def freeze(model, train, rank=16, alpha=16):
 def last_token_block(block, x, lengths):
     """`block(x)` at the last real token of each row only: (B, T, C) -> (B, C).
 
-    That one position is all that the head reads. Every token offers its key and value to it, but
-    the query, the output and the feed-forward layer, five sixths of the work, are for it alone.
+    That one position is all that the head reads. Every token gives a key and a value; only the
+    last one needs a query, an output and a feed-forward pass: five sixths of the work are saved.
     """
     (B, T, C), att = x.shape, block.att
     rows, last = torch.arange(B, device=x.device), lengths - 1
@@ -417,7 +397,7 @@ def compute_frozen(model, ids, depth, settings, device):
     """Run every text through the frozen part once: list of (T_i,) -> list of (T_i, C)."""
     model.eval()  # dropout would make each epoch's output another one
     lengths = [1 if depth == len(model.trf_blocks) else len(row) for row in ids]
-    # float32, as the sums along the shortcuts are: rounding would make it another run.
+    # Kept in float32, like the sums along the shortcuts: rounding would change the result.
     kept = torch.empty(sum(lengths), model.cfg["emb_dim"]).split(lengths)
     progress, done = Progress(sum(map(len, ids)), "tokens"), 0
     for batch in batches_of_similar_length(ids):
@@ -442,7 +422,7 @@ def free_memory():
     with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is the word "max"
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii"))
                        for name in ("max", "current"))
-        free.append(limit - used)
+        free.append(max(0, limit - used))
     return min(free, default=4 * 2**30)
 
 
@@ -480,6 +460,21 @@ def predict(model, rows, settings, device):
         with autocast(device, settings["dtype"]):
             logits[batch] = run_rest(model, x, lengths, settings["depth"]).float().cpu()
     return logits
+
+
+def classify_texts(texts, model, tokenizer, device, dtype=torch.float32):
+    """Texts -> probabilities (number of texts, classes). Raises ValueError for an empty text."""
+    ids = [torch.tensor(row[:model.cfg["context_length"]], dtype=torch.long)
+           for row in tokenizer.encode_ordinary_batch(list(texts))]
+    if not all(map(len, ids)):
+        raise ValueError("a text is empty; there is nothing to classify")
+    logits = predict(model, ids, {"depth": 0, "dtype": dtype}, device)
+    return torch.softmax(logits, dim=-1)
+
+
+def classify_review(text, model, tokenizer, device, class_names=("not spam", "spam")):
+    """The likeliest class of one text. Book section 6.8."""
+    return class_names[int(classify_texts([text], model, tokenizer, device).argmax())]
 
 
 def evaluate_parts(model, parts, settings, device):
@@ -636,8 +631,10 @@ def parse_arguments(argv):
         "classifier at --out; trains nothing")
     arg("--data", type=Path, help="TSV or CSV file of labelled texts instead of the SMS Spam "
         "Collection")
-    arg("--text-column", help="its header or its number; default: text, else the second")
-    arg("--label-column", help="its header or its number; default: label, else the first")
+    arg("--label-column", help="its header or its number; default: the one named label, else the "
+        "first")
+    arg("--text-column", help="its header or its number; default: the one named text, else the "
+        "first that is left")
     arg("--no-balance", action="store_true", help="take all texts, not equally many of each class")
     arg("--init", type=Path, help="language model to start from; default: "
         + ", else ".join(map(str, STARTS)))
@@ -650,14 +647,16 @@ def parse_arguments(argv):
     arg("--seeds", type=positive_int, default=1, help="repeat everything with as many seeds")
     arg("--keep-limit", type=non_negative_float, metavar="MB", help="keep what the frozen part "
         "computes if it takes no more than this; default: half of the free memory")
-    add_training_arguments(parser, "checkpoints/classifier.pt", 5, 8, None, None)
+    add_training_arguments(parser, "checkpoints/classifier.pt", epochs=5, batch_size=8, lr=None,
+                           eval_every=None)  # make_settings finds them
     return parser.parse_args(argv)
 
 
 def make_settings(args, seed, parts, class_names, model, device):
     """What decides the result of a run, numbers and strings, and the number of steps."""
     per_epoch = math.ceil(len(parts["train"]) / (args.batch_size * args.grad_accum))
-    weights = b"".join(p.detach().cpu().flatten()[::1009].numpy().tobytes()   # a sample will do
+    # Every 1009th number is enough to recognise the model.
+    weights = b"".join(p.detach().cpu().flatten()[::1009].numpy().tobytes()
                        for p in model.parameters())
     return {"classes": class_names, "data": hashlib.sha256(repr(parts).encode()).hexdigest(),
             "init": hashlib.sha256(weights).hexdigest(), "seed": seed, "train": args.train,
@@ -690,10 +689,12 @@ def load_state(args, out, settings):
         return None, None
     if args.dtype == "auto":  # which depends on a measurement; a resumed run keeps it
         settings["dtype"] = getattr(torch, before.get("dtype", "float32"))
-    for name, value in settings_to_save(settings).items():
-        if before.get(name) != value:
-            values = "" if name in ("data", "init") else f" ({before.get(name)}, now {value})"
-            what = {"classes": "set of classes", "total_steps": "number of steps"}.get(
+    now = settings_to_save(settings)
+    for name in sorted(now, key=lambda name: name == "data"):  # last: it differs with the seed too
+        if before.get(name) != now[name]:
+            values = "" if name in ("data", "init") else f" ({before.get(name)}, now {now[name]})"
+            what = {"classes": "set of classes", "total_steps": "number of steps",
+                    "data": "--data, another column or --no-balance"}.get(
                 name, "--" + name.replace("_", "-"))
             raise UserError(f"{path} is a run with another {what}{values}; repeat its command, or "
                             "start anew without --resume")
@@ -781,6 +782,8 @@ def classify_command(args):
     dtype = pick_dtype(args.dtype, device)
     if "-" in args.classify:
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        if sys.stdin.isatty():
+            print("a text per line, please; Ctrl-D ends", file=sys.stderr)
     texts = itertools.chain.from_iterable(
         (line.rstrip("\r\n") for line in sys.stdin) if text == "-" else [text]
         for text in args.classify)
@@ -791,8 +794,7 @@ def classify_command(args):
             print(f"{len(batch) - len(full)} empty text(s) skipped", file=sys.stderr)
         if not full:
             continue
-        with autocast(device, dtype):
-            probs = classify_texts(full, model, tokenizer, device)
+        probs = classify_texts(full, model, tokenizer, device, dtype)
         for text, row in zip(full, probs):
             print(f"{saved['class_names'][int(row.argmax())]}\t{row.max():.3f}\t{text}", flush=True)
 

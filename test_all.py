@@ -154,8 +154,9 @@ class TestAttention(unittest.TestCase):
             results.append(torch.cat([y.flatten(), *(100 * p.grad.flatten() for p in
                                                      att.parameters() if p.grad is not None)]))
         exact, rounded = results
-        self.assertLess(float((exact - rounded).norm() / exact.norm()), 0.02)
-        self.assertGreater(float((exact - rounded).norm()), 0)
+        error = float((exact - rounded).detach().norm() / exact.detach().norm())
+        self.assertLess(error, 0.02)
+        self.assertGreater(error, 0)
 
     def test_dropout_drops_its_share_independently_and_keeps_the_mean(self):
         torch.manual_seed(0)
@@ -2213,6 +2214,14 @@ class LabelledTexts(ClassifierFolder):
         self.write("t.tsv", "no\tx\r\nyes\ty\r\nno\tz \"\r\n")           # no header, CR LF, a quote
         self.assertEqual(clf.read_labelled_texts("t.tsv"),
                          ([("no", "x"), ("yes", "y"), ("no", 'z "')], []))
+        self.write("t.csv", "good,1\nbad,2\nfine,1\n")     # a number is a place, not a cell
+        self.assertEqual(clf.read_labelled_texts("t.csv", "1", "2")[0],
+                         [("1", "good"), ("2", "bad"), ("1", "fine")])
+
+    def test_a_comma_outside_quotes_never_cuts_a_text(self):
+        self.write("t.csv", "label,text\nham,Hello\nham,Hello, how are you\n")
+        with self.assertRaisesRegex(UserError, "line 3: 3 columns, expected 2; .* quotes"):
+            clf.read_labelled_texts("t.csv")
 
     def test_empty_texts_are_skipped_and_said(self):
         self.write("data.tsv", "ham\t\nspam\t  \n\n" + labelled_lines())
