@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gpt import (
-    ArgumentParser, CtrlC, Metrics, Progress, UserError, add_training_arguments, autocast,
+    ArgumentParser, CtrlC, Metrics, Progress, UserError, add_training_arguments, autocast, beside,
     check_output, download, find_start, load_checkpoint, merge_lora, non_negative_float,
     pick_device, pick_dtype, positive_float, positive_int, random_state, read_text_pieces,
     replace_head, replace_linear_with_lora, run_main, save_checkpoint, save_dictionary,
@@ -736,7 +736,7 @@ def run(args, examples, class_names, start, seed, out, device):
                     settings=settings_to_save(settings))
     state_path(out).unlink()
     print(f"saved    {out}: epoch {best['epoch']:g}, the best on validation "
-          f"({best['val_accuracy']:.1%}); {out.with_suffix('.csv').name}")
+          f"({best['val_accuracy']:.1%}); {beside(out, '.csv').name}")
     print_report(class_names, test)
     return test
 

@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 
 from gpt import (
     ArgumentParser, CtrlC, LinearWithLoRA, Metrics, Progress, UserError, add_training_arguments,
-    autocast, best_path, check_output, decode_stream, download, find_start, generate,
+    autocast, beside, best_path, check_output, decode_stream, download, find_start, generate,
     generate_stream, keep_freed_memory, load_checkpoint, merge_lora, non_negative_float,
     pick_device, pick_dtype, positive_float, positive_int, printable, random_state,
     read_text_pieces, replace_linear_with_lora, run_main, save_checkpoint, set_random_state,
@@ -127,10 +127,15 @@ def format_input(entry, style="alpaca"):
             + (before["input"] + entry["input"] if entry.get("input") else ""))
 
 
+def encode_text(text, tokenizer):
+    """Text -> token IDs; of special tokens it may hold `<|endoftext|>`."""
+    return tokenizer.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=())
+
+
 def encode_prompt(entry, tokenizer, style="alpaca"):
     """A record -> the tokens after which the model is to answer."""
     text = format_input(entry, style) + PROMPT_STYLES[style]["output"]
-    return tokenizer.encode(text, allowed_special={"<|endoftext|>"})
+    return encode_text(text, tokenizer)
 
 
 def split_records(records):
@@ -151,7 +156,7 @@ class InstructionDataset(Dataset):
         self.data, self.encoded_texts, self.prompt_lengths = data, [], []
         for entry in data:
             prompt = encode_prompt(entry, tokenizer, style)
-            answer = tokenizer.encode(entry["output"], allowed_special={"<|endoftext|>"})
+            answer = encode_text(entry["output"], tokenizer)
             self.encoded_texts.append(prompt + answer)
             self.prompt_lengths.append(len(prompt))
 
@@ -862,7 +867,7 @@ def main(argv=None):
     train_model(model, tokenizer, train_set, val_set, settings, device, args.out,
                 saved if resume else None)
     print(f"saved    {args.out} (newest), {best_path(args.out).name} (lowest validation loss), "
-          f"{args.out.with_suffix('.csv').name}")
+          f"{beside(args.out, '.csv').name}")
     if test and not args.no_responses:
         answer_and_score(plain_model(model), tokenizer, test, test_set, settings, args, device)
     print("\nNext: python finetune_instruct.py --chat"

@@ -139,10 +139,10 @@ class MultiHeadAttentionWrapper(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, fast also for a single row on a CPU, which is what generation multiplies.
+    """nn.Linear, made faster on a CPU when x is a single row, as in generation.
 
-    torch computes one float32 row on one core. Cut into blocks, one per thread, the matrix is read
-    by all cores at once, and reading it is what takes the time: 2 to 2.5 times faster on two.
+    torch uses one core for one float32 row. Here the matrix is cut into a block per thread, so
+    that all cores read it: 2 to 2.5 times faster on two cores.
     """
 
     def forward(self, x):
@@ -152,7 +152,7 @@ class Linear(nn.Linear):
             blocks = min(torch.get_num_threads(), self.out_features)
             rows = self.out_features // blocks * blocks
             weight = self.weight[:rows].view(blocks, -1, self.in_features)
-            # subtle: a row seen as a column; a column laid out as one makes torch's bmm slow.
+            # subtle: .t() only changes how x is looked at; made .contiguous(), bmm would be slow.
             y = torch.bmm(weight, x.reshape(1, -1).t().expand(blocks, -1, 1)).view(rows)
             if rows < self.out_features:  # what cannot be shared out evenly
                 y = torch.cat([y, self.weight[rows:] @ x.flatten()])
@@ -162,7 +162,7 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, with cheaper random numbers on a CPU: four are cut from one of 64 bits.
+    """nn.Dropout with cheaper random numbers on a CPU: one of 64 bits is cut into four of 16.
 
     2.5 times faster there; with nn.Dropout, random numbers are a tenth of a training step at 124M.
     """
@@ -170,9 +170,9 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or self.p in (0, 1) or x.device.type != "cpu":
             return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
-        numbers = bits.view(torch.int16)[:x.numel()].view(x.shape)    # uniform from -2^15 to 2^15
-        keep = numbers >= round(self.p * 2**16) - 2**15
+        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2**63, None)
+        numbers = bits.view(torch.int16)[:x.numel()].view(x.shape)    # from -2^15 to 2^15 - 1
+        keep = numbers >= round(self.p * 2**16) - 2**15               # a share p lies below
         return x * (keep.to(x.dtype) / (1 - self.p))
 
 
@@ -213,9 +213,8 @@ class MultiHeadAttention(nn.Module):
                 and (queries.dtype == torch.bfloat16 or dropout_p > 0)):
             context_vec = self.attend_in_steps(queries, keys, values, mask)
         else:
-            # subtle: is_causal counts from the upper left corner, as if the first query met the
-            # first key. One query with many cached keys would see only the first; the cache
-            # brings the mask.
+            # subtle: is_causal assumes that the first query belongs to the first key. With a cache
+            # the first query comes later, and would see one key only; so the cache brings a mask.
             context_vec = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, is_causal=mask is None and T > 1,
                 dropout_p=dropout_p)
@@ -223,15 +222,15 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(context_vec.transpose(1, 2).reshape(B, T, -1))
 
     def attend_in_steps(self, queries, keys, values, mask):
-        """The same, (B, H, T, D), step by step: for training on a CPU, where torch's fused kernel
-        is slow in bfloat16 and has no dropout. 2.5 times faster at 256 tokens; the weights that
-        are stored instead grow with the square of T, so longer rows are left to the kernel."""
+        """The same in separate steps, (B, H, T, D): in training on a CPU, torch's fused kernel is
+        slow in bfloat16 and has no dropout; this is 2.5 times faster at 256 tokens. But it stores
+        the (T, T) weights, so longer rows than 512 are left to the kernel."""
         B, H, T, D = queries.shape
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=queries.device).tril()
-        bias = queries.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        hidden = queries.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)  # to be added
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))  # (B H, T, D)
-        attn_scores = torch.baddbmm(bias, queries, keys.mT, alpha=D ** -0.5)        # (B H, T, T)
+        attn_scores = torch.baddbmm(hidden, queries, keys.mT, alpha=D ** -0.5)        # (B H, T, T)
         attn_weights = self.dropout(torch.softmax(attn_scores, dim=-1))
         return (attn_weights @ values).view(B, H, T, D)
 
@@ -357,7 +356,8 @@ class GPTModel(nn.Module):
 
 def text_to_token_ids(text, tokenizer):
     """Text -> (1, T) token IDs; `<|endoftext|>` in the text is the special token. Section 5.1."""
-    return torch.tensor(tokenizer.encode(text, allowed_special={"<|endoftext|>"})).unsqueeze(0)
+    return torch.tensor(tokenizer.encode(text, allowed_special={"<|endoftext|>"},
+                                         disallowed_special=())).unsqueeze(0)
 
 
 def token_ids_to_text(token_ids, tokenizer):
@@ -383,8 +383,8 @@ class KVCache:
     """The keys and values of the tokens read so far, so that each is computed only once.
 
     For every layer one (B, H, max_length, D) tensor of keys and one of values, allocated once.
-    Rows may differ in length: `start` is the position of the next token, an integer while all
-    rows are equally long, else a (B, 1) tensor; `longest` is the length of the longest row.
+    Rows may differ in length. `start` is where the next token goes: an integer while all rows are
+    equally long, else one per row, (B, 1). `longest` is the number of tokens in the longest row.
     """
 
     def __init__(self, model, batch_size, max_length):
@@ -395,7 +395,7 @@ class KVCache:
         self.start = self.longest = 0
 
     def set_lengths(self, lengths):
-        """After reading prompts padded at the right: only `lengths` (B,) tokens of each count."""
+        """Call after reading prompts padded at the right: of row i, lengths[i] tokens are real."""
         if bool((lengths != self.longest).any()):
             self.start = lengths[:, None]
             self.rows = torch.arange(len(lengths), device=lengths.device)
@@ -413,7 +413,7 @@ class KVCache:
             all_values[self.rows, :, self.start[:, 0]] = values[:, :, 0]
             query_positions = self.start[:, :, None, None]
         if isinstance(self.start, int) and (T == 1 or self.start == 0):
-            return all_keys, all_values, None  # one query may see every key; or plain causal
+            return all_keys, all_values, None  # one query sees every key; or is_causal does it
         key_positions = torch.arange(end, device=keys.device)
         return all_keys, all_values, key_positions <= query_positions
 
@@ -431,7 +431,8 @@ def sample_next(logits, temperature=0.0, top_k=None, top_p=None, generator=None)
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    # Less the largest, which no softmax sees: a tiny temperature must not make infinities.
+    logits = (logits.float() - logits.max(dim=-1, keepdim=True).values.float()) / temperature
     if top_k is not None:
         kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -torch.inf)
@@ -466,7 +467,7 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
     model.eval()
     try:
         for longest in range(T, T + max_new_tokens):
-            if longest > context_size:  # the window slides; no token keeps its position, or its key
+            if longest > context_size:  # the window slides: with the positions, all keys change
                 first = (lengths - context_size).clamp(min=0)
                 window = first[:, None] + torch.arange(context_size, device=device)
                 hidden = model.hidden_states(text.gather(1, window))
@@ -506,7 +507,7 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
 
 
 def compile_generation(model):
-    """Let torch.compile rewrite, in place, how `model` reads a single token after others.
+    """Let torch.compile rewrite, in place, the step that reads one new token with the cache.
 
     The first tokens then take up to a minute; prompts, whose lengths vary, are read as before.
     """
@@ -717,7 +718,7 @@ def write_atomically(path):
             part.unlink()
         if not isinstance(e, OSError):
             raise
-        raise UserError(f"{path} could not be written ({e.strerror}); what was there is kept. "
+        raise UserError(f"{path} could not be written ({e.strerror or e}); what was there is kept. "
                         "Free some space or choose another place") from None
 
 
@@ -754,7 +755,7 @@ def replace_head(model, num_classes):
 
 class _NoInit(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.init.normal_:  # embeddings; on the meta device it imports for a second
+        if func is nn.init.normal_:  # of embeddings; without memory, it imports for a second
             return kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
@@ -963,9 +964,9 @@ def pick_device(name="auto"):
 def pick_dtype(name="auto", device="cpu", generation=False):
     """The type that matrix products are computed in: torch.float32 or torch.bfloat16.
 
-    `auto` takes bfloat16 where it is really faster. GPUs say so; many CPUs only emulate it, so
-    there a product is timed in both (a few milliseconds). For `generation`, which multiplies a
-    single row, torch's bfloat16 gains nothing on a CPU: 37 tokens/s at 124M, 42 in float32.
+    `auto` takes bfloat16 where it is really faster. A GPU tells; many CPUs only emulate it, so
+    there a product is timed in both types (a few milliseconds). `generation` on a CPU stays in
+    float32: it multiplies single rows, 42 tokens/s at 124M against 37 in bfloat16.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -1075,6 +1076,8 @@ def run_main(main):
     except BrokenPipeError:  # the reader of our output, `head` say, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except PermissionError as e:
+        status = f"{Path(sys.argv[0]).name}: {e.filename} may not be opened; check who owns it"
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
@@ -1084,10 +1087,10 @@ def run_main(main):
 
 
 def keep_freed_memory(largest):
-    """Have the C library keep freed memory for the next step; larger blocks go back, in bytes.
+    """Tell the C library to keep freed memory for reuse; blocks above `largest` bytes go back.
 
-    It returns it to the system after each step otherwise, and asks for it page by page in the next:
-    a fifth of the time at 124M on two cores. Does nothing where the library is not glibc.
+    Otherwise every training step returns its memory to the system and asks for it again, page by
+    page: a fifth of the time at 124M on two cores. Does nothing where the library is not glibc.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -1103,6 +1106,11 @@ def find_start(init, candidates):
                         "load_gpt2.py (GPT-2, a download) or with: python pretrain.py (two "
                         "minutes, nothing to download)")
     return found
+
+
+def beside(out, ending):
+    """checkpoints/mine.pt and ".csv" -> checkpoints/mine.csv; a name without .pt only grows."""
+    return out.with_suffix(ending) if out.suffix == ".pt" else out.with_name(out.name + ending)
 
 
 def best_path(out):
@@ -1148,8 +1156,10 @@ def read_text_pieces(path, size=1 << 22):
                         break
             rest += decoder.decode(b"", final=True)
     except UnicodeDecodeError as e:
+        with open(path, "rb") as file:
+            guess = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise UserError(f"{path} is not UTF-8 text (near byte {position + e.start}); convert it "
-                        f"with: iconv -f latin1 -t utf-8 {path}") from None
+                        f"with: iconv -f {guess} -t utf-8 {path}") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}); check the path") from None
     if position == 0:
@@ -1160,8 +1170,10 @@ def read_text_pieces(path, size=1 << 22):
 
 def printable(text):
     """Text as a terminal may show it: without control characters, which could steer it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-                   for c in text)
+    def harmless(c):  # also wide and unbreakable spaces, and what joins emoji
+        return c.isprintable() or c in "\n\t\u200d" or (c.isspace() and c > "\x9f")
+
+    return "".join(c if harmless(c) else "\N{REPLACEMENT CHARACTER}" for c in text if c != "\r")
 
 
 def human(number):
@@ -1186,8 +1198,8 @@ class Progress:
     def update(self, done, text=""):
         """Say that `done` units are done (counted from 0, also when resuming)."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = done
+        if self.first is None:  # the time starts here: what came before was preparation
+            self.first, self.start = done, now
         if now - self.last < (0.1 if self.terminal else 10.0):
             return
         self.last = now
@@ -1238,7 +1250,7 @@ class Metrics:
     """
 
     def __init__(self, out, resume_step=0):
-        self.path, self.rows = Path(out).with_suffix(".csv"), []
+        self.path, self.rows = beside(Path(out), ".csv"), []
         if resume_step and self.path.exists():  # keep the rows up to the checkpoint
             with open(self.path, newline="", encoding="utf-8") as file:
                 self.rows = [r for r in csv.DictReader(file) if int(r["step"]) <= resume_step]
@@ -1254,7 +1266,7 @@ class Metrics:
 
     def plot(self, per="token"):
         """Draw train_loss and val_loss over steps as PNG, if matplotlib is there; say so."""
-        path = self.path.with_suffix(".png")
+        path = self.path.with_name(self.path.name.removesuffix(".csv") + ".png")
         try:
             import matplotlib
         except ImportError:
@@ -1383,7 +1395,7 @@ def main(argv=None):
         compile_generation(model)
         for _ in zip(range(4), generate_stream(model, idx, args.max_new_tokens,
                                                model.cfg["context_length"])):
-            pass  # the second token is the first single one, at the third it learns to count
+            pass  # the second is the first single one; at the third, positions begin to vary
         print(f"torch.compile took {time.monotonic() - start:.0f} s", file=sys.stderr)
     print(args.prompt or "", end="", flush=True)
     tokens = (int(row[0]) for row in generate_stream(

@@ -23,6 +23,7 @@ import math
 import mmap
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -36,18 +37,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from gpt import (
     GPT2_SIZES, GPT_CONFIG_124M, VERDICT, VERDICT_ADDRESS, VERDICT_SHA256, ArgumentParser, CtrlC,
-    GPTModel, Metrics, Progress, UserError, add_training_arguments, autocast, best_path,
+    GPTModel, Metrics, Progress, UserError, add_training_arguments, autocast, beside, best_path,
     check_output, download, generate, generate_text_simple, keep_freed_memory, load_checkpoint,
     load_tokenizer, pick_device, pick_dtype, positive_int, printable, read_text_pieces, run_main,
     save_checkpoint, text_to_token_ids, token_ids_to_text, tokenizer_spec, write_atomically)
 
 SMALL = {"vocab_size": None,  # the tokenizer's
-         "context_length": 256, "emb_dim": 192, "n_heads": 3, "n_layers": 3, "drop_rate": 0.0,
+         "context_length": 256, "emb_dim": 192, "n_heads": 3, "n_layers": 3,
+         "drop_rate": 0.0,    # short runs do not overfit
          "qkv_bias": False, "tie_embeddings": True}
-# Measured: validation loss of `quick`, in nats per byte, on two cores. In as many steps as fit 85 s
-# by the profiler, 3 blocks of width 192 and 4 of 128 reach 1.22, 6 of 128 and 4 of 192 1.30. Four
-# of 192 reach 1.49 with Muon and 2.02 with AdamW (lr 0.002) in 400 steps; 1.34 with waves as
-# positions (600 steps), 1.64 without (540).
+# Measured: validation loss in nats per byte. In the same 85 s, 3 blocks of width 192 and 4 of 128
+# reach 1.22, 6 of 128 and 4 of 192 reach 1.30. For 4 of 192: Muon 1.49, AdamW (lr 0.002) 2.02 in
+# 400 steps; waves as positions 1.34 in 600 steps, random ones 1.64 in 540.
 
 PRESETS = {
     # Every number here is a starting point to play with; most have a flag of the same name.
@@ -195,10 +196,11 @@ def find_documents(preset, data):
     if data:
         paths = []
         for path in data:
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not any(
-                part.startswith(".") for part in p.relative_to(path).parts))     # not hidden
+            inside = sorted(  # neither hidden nor empty
+                p for p in path.rglob("*") if p.is_file() and p.stat().st_size and not any(
+                    part.startswith(".") for part in p.relative_to(path).parts))
             if path.is_dir() and not inside:
-                raise UserError(f"the folder {path} has no files; put UTF-8 text in it")
+                raise UserError(f"the folder {path} has no text; put UTF-8 files in it")
             paths += inside if path.is_dir() else [path]
     elif preset == "verdict":
         paths = [download([VERDICT_ADDRESS], VERDICT, VERDICT_SHA256)]
@@ -248,9 +250,9 @@ def tokens_on_disk(documents, stamp, tokenizer):
 class TokenRows:
     """All tokens, cut into rows of T inputs and T targets.
 
-    Every token but the first is a target exactly once: the last row begins earlier, to be full,
-    and what it repeats has the target -100, which the loss ignores. Ten tokens and T = 4: the rows
-    begin at 0, 4 and 5, and three targets of the last one are -100.
+    Every token but the first is a target exactly once: the last row is moved to the left until it
+    is full, and targets that were there before become -100, which the loss ignores. Ten tokens and
+    T = 4: the rows begin at 0, 4 and 5, and three targets of the last one are -100.
     """
 
     def __init__(self, tokens, T):
@@ -276,12 +278,12 @@ class TokenRows:
         return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     def forget_pages(self):
-        """Let go of the parts of a mapped file that were read; they would add up to all of it."""
+        """Drop the pages just read from this process's memory, where the whole file would end."""
         if isinstance(self.tokens, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
             self.tokens._mmap.madvise(mmap.MADV_DONTNEED)
 
     def fingerprint(self):
-        """A hash that tells this text from others: of all its tokens or, in parts, of a million."""
+        """A hash to know this text by: of 64 pieces, which cover up to a million tokens."""
         starts = np.linspace(0, max(0, len(self.tokens) - 2**14), 64).astype(int)
         parts = b"".join(self.tokens[start:start + 2**14].tobytes() for start in starts)
         self.forget_pages()
@@ -376,6 +378,7 @@ def make_optimizers(model, settings):
     rest = [p for p in model.parameters() if p not in inside]
     if settings["optimizer"] == "muon":
         return [Muon(matrices, lr, weight_decay=decay, dtype=settings["dtype"]),
+                # AdamW wants smaller steps than Muon.
                 torch.optim.AdamW(rest, 0.15 * lr, betas=(0.9, 0.95), weight_decay=0, fused=True)]
     return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay},
                                {"params": rest, "weight_decay": 0.0}],
@@ -408,9 +411,9 @@ def rows_of_step(step, num_rows, settings):
 def accumulate_gradients(model, train_rows, rows, settings, device, rank=0, world=1):
     """Forward and backward over the rows of one step, a batch at a time.
 
-    Each process takes its share of every batch and returns its share of the mean loss. Dividing by
-    the targets of the whole step makes many small batches, or many processes, equal one large
-    batch, whatever each of them holds.
+    Each process takes its share of every batch and returns its share of the mean loss. Losses are
+    divided by the number of targets in the whole step, so many small batches, or many processes,
+    give the same gradients as one large batch.
     """
     num_targets, step_loss = train_rows.count_targets(rows), 0.0
     batches = np.array_split(rows, math.ceil(len(rows) / settings["batch_size"]))
@@ -426,7 +429,8 @@ def accumulate_gradients(model, train_rows, rows, settings, device, rank=0, worl
                 logits = model(inputs)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
                                    reduction="sum") / num_targets
-            (loss * world).backward()  # DistributedDataParallel takes the mean over processes
+            # DistributedDataParallel takes the mean over processes; times world it is the sum.
+            (loss * world).backward()
         step_loss += loss.detach()
     return float(step_loss)
 
@@ -500,10 +504,11 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
             for optimizer, peaks in zip(optimizers, peak_lrs):
                 for group, peak in zip(optimizer.param_groups, peaks):
                     group["lr"] = peak * lr_factor(step, settings)
-            # Dropout's random numbers follow from seed, step and process: a resume needs no more.
+            # Dropout's random numbers follow from seed, step and process: nothing to save of them.
             torch.manual_seed(hash((settings["seed"], step, rank)))
             rows = rows_of_step(step, train_rows.num_rows, settings)
             loss = accumulate_gradients(wrapped, train_rows, rows, settings, device, rank, world)
+            # One message for both: the whole loss, and whether any process saw a Ctrl-C.
             loss, pressed = sum_over_processes(torch.tensor([loss, stop.pressed]), device)
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step + 1}; the last checkpoint is "
@@ -575,7 +580,7 @@ def seconds(function, device, repeats):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
@@ -603,6 +608,8 @@ def benchmark(args, preset, device):
           f"{sum(p.numel() for p in model.parameters()):,} parameters, context {T}\n"
           "dtype     batch  train tokens/s  of matmul peak  generate tokens/s  of bandwidth  GB")
     for dtype in (torch.float32, torch.bfloat16):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         settings = {**preset, "batch_size": args.batch_size or preset["batch_size"],
                     "dtype": dtype, "lr": 1e-4}
         optimizers = make_optimizers(model, settings)
@@ -620,10 +627,12 @@ def benchmark(args, preset, device):
         train = settings["batch_size"] * T / seconds(step, device, 3)
         used = train * (6 * num_matrix + 12 * cfg["n_layers"] * T * cfg["emb_dim"]) / peak
         writer = copy.deepcopy(model).to(dtype)
-        idx, new = torch.zeros(1, 8, dtype=torch.long, device=device), min(64, T - 8)
+        idx = torch.zeros(1, max(1, min(8, T // 2)), dtype=torch.long, device=device)
+        new = max(1, min(64, T - 8))
         tokens = new / seconds(lambda: generate(writer, idx, new, T), device, 1)
         read = tokens * num_matrix * dtype.itemsize / bandwidth
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
+                  else peak_memory())
         print(f"{plain(settings)['dtype']:8s} {settings['batch_size']:6d} {train:15,.0f} "
               f"{100 * used:13.0f} % {tokens:18,.1f} {100 * read:11.0f} % {memory / 1e9:3.1f}",
               flush=True)
@@ -723,7 +732,8 @@ def make_settings(args, preset, train_rows):
         settings.update(CONTINUE)
     if args.epochs or args.max_steps:  # whoever asks for one of them gets all of it
         settings["epochs"] = settings["max_steps"] = None
-    for name in ("batch_size", "grad_accum", "epochs", "max_steps", "lr", "eval_every", "prompt"):
+    for name in ("tokenizer", "batch_size", "grad_accum", "epochs", "max_steps", "lr", "eval_every",
+                 "prompt"):
         settings[name] = getattr(args, name) or settings[name]
     settings.update(seed=args.seed, eval_batches=args.eval_batches, compile=args.compile)
     per_epoch = math.ceil(train_rows.num_rows / (settings["batch_size"] * settings["grad_accum"]))
@@ -740,15 +750,19 @@ def check_resume(saved, settings, args):
     if not before:
         raise UserError(f"{path} is not a run of pretrain.py that can go on; start from its "
                         f"weights with: --init {path}")
-    names = {"fingerprint": "text", "total_steps": "--epochs or --max-steps"}
+    names = {"fingerprint": "text or --val-share", "total_steps": "--epochs or --max-steps",
+             **dict.fromkeys(("optimizer", "init_weights", "weight_decay", "warmup_steps", "clip",
+                              "final_lr_share"), "--preset or --init")}
     for name, now in settings.items():
         if name in before and before[name] != now and name not in (
                 "epochs", "max_steps", "eval_every", "eval_batches", "prompt", "compile", "dtype"):
             name = names.get(name, "--" + name.replace("_", "-"))
             raise UserError(f"{path} is a run with another {name}; repeat its command, or start "
                             f"anew from its weights with: --init {path}")
-    for name in ("context_length", "emb_dim", "n_layers", "n_heads"):
-        if getattr(args, name) not in (None, cfg[name]):
+    sizes = dict(GPT2_SIZES.get(args.size, {}))
+    sizes.update({name: getattr(args, name) for name in cfg if getattr(args, name, None)})
+    for name, value in sizes.items():
+        if value != cfg[name]:
             raise UserError(f"{path} is a run with {name} {cfg[name]}; repeat its command")
 
 
@@ -802,12 +816,14 @@ def main(argv=None):
           f"{math.log(cfg['vocab_size']):.2f}.", flush=True)
     train_model(model, tokenizer, train_rows, val_rows, settings, device, args.out, saved)
     print(f"saved    {args.out} (newest), {best_path(args.out).name} (lowest validation loss), "
-          f"{args.out.with_suffix('.csv').name}\n\nIt writes (temperature 0.8):")
+          f"{beside(args.out, '.csv').name}\n\nIt writes (temperature 0.8):")
     idx = text_to_token_ids(settings["prompt"], tokenizer).to(device)
     ids = generate(model, idx, 300, cfg["context_length"], temperature=0.8, seed=args.seed,
                    eos_id=tokenizer.eot_token)
     print(printable(token_ids_to_text(ids, tokenizer)))
-    print(f"\nNext: python gpt.py --checkpoint {args.out} --prompt \"{settings['prompt']}\"")
+    prompt = printable(settings["prompt"])
+    prompt = shlex.quote(prompt) if set(prompt) & set('"$`\\!\n') else f'"{prompt}"'
+    print(f"\nNext: python gpt.py --checkpoint {args.out} --prompt {prompt}")
 
 
 if __name__ == "__main__":

@@ -311,6 +311,11 @@ class TestGeneration(unittest.TestCase):
         stream.close()
         self.assertTrue(model.training)
 
+    def test_the_smallest_temperature_takes_the_likeliest(self):
+        logits = torch.tensor([[1.0, 3.0, 2.0]])
+        for temperature in (1e-38, 1e-6):
+            self.assertEqual(gpt.sample_next(logits, temperature).tolist(), [1])
+
     def test_sampling_follows_temperature_top_k_and_top_p(self):
         probs = torch.tensor([0.5, 0.25, 0.125, 0.125])
         logits = probs.log().repeat(20_000, 1)
@@ -499,6 +504,28 @@ class TestTokenizerSpecification(InFolder):
             gpt.load_tokenizer("gpt9")
 
 
+    def test_special_tokens_other_than_end_of_text_are_plain_text_in_a_prompt(self):
+        tokenizer = tiktoken.Encoding(
+            "x", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={"<|endoftext|>": 256, "<|user|>": 257})
+        self.assertEqual(gpt.text_to_token_ids("<|user|><|endoftext|>", tokenizer).tolist(),
+                         [[*b"<|user|>", 256]])
+
+
+class TestTerminal(InFolder):
+    def test_text_is_shown_without_what_could_steer_the_terminal(self):
+        self.assertEqual(gpt.printable("a\x1b[2Jb\r\n\tc\u202ed\x07"),
+                         "a\ufffd[2Jb\n\tc\ufffdd\ufffd")
+        for fine in ("10\u00a0km", "\u3000", "\N{MAN}\u200d\N{WOMAN}", "naïve ß 你好"):
+            self.assertEqual(gpt.printable(fine), fine)
+
+    def test_the_advice_for_a_wrong_encoding_fits_it(self):
+        for encoding, name in (("utf-16", "utf-16"), ("latin1", "latin1")):
+            Path("t.txt").write_text("café au lait", encoding=encoding)
+            with self.assertRaisesRegex(UserError, f"iconv -f {name} "):
+                list(gpt.read_text_pieces("t.txt"))
+
+
 class TestDevice(unittest.TestCase):
     def test_auto_is_cpu_without_a_gpu_and_unknown_devices_are_a_sentence(self):
         if not torch.cuda.is_available():
@@ -668,7 +695,8 @@ class TestTokensOnDisk(InFolder):
 
     def test_documents_of_a_folder_are_joined_with_end_of_text_in_sorted_order(self):
         Path("d/sub").mkdir(parents=True)
-        for name, text in (("b.txt", "second"), ("a.txt", "first"), ("sub/c.txt", "third"),
+        for name, text in (("b.txt", "second"), ("empty.txt", ""), ("a.txt", "first"),
+                           ("sub/c.txt", "third"),
                            (".hidden", "no")):
             Path("d", name).write_text(text, encoding="utf-8")
         _, documents, stamp = pretrain.find_documents("quick", [Path("d")])
@@ -809,6 +837,13 @@ class TestPretrainCommand(InFolder):
         status, out, _ = call(gpt.main, "--checkpoint", "run.pt", "--prompt", "The")
         self.assertEqual(status, 0)
 
+    def test_metrics_and_plot_never_take_the_checkpoint_s_name(self):
+        for name in ("run.csv", "run.png", "lr0.01"):
+            status, _, err = call(pretrain.main, *SMALL_RUN, "--max-steps", 1, "--out", name)
+            self.assertEqual((status, err), (0, ""))
+            gpt.load_checkpoint(name)
+            self.assertTrue(Path(name + ".csv").read_text(encoding="utf-8").startswith("step,"))
+
     def test_started_from_a_checkpoint_it_keeps_model_and_tokenizer(self):
         call(pretrain.main, *SMALL_RUN, "--max-steps", 1)
         status, out, _ = call(pretrain.main, "--init", "run.pt", "--data", "text.txt",
@@ -942,7 +977,7 @@ class TestPretrainCommand(InFolder):
         cases = {
             ("--data", "none.txt"): "none.txt is not there", ("--data", "empty.txt"): "is empty",
             ("--data", "short.txt"): "10 tokens, but at least 2,571",
-            ("--data", "folder"): "no files",
+            ("--data", "folder"): "no text",
             ("--data", "latin.txt"): "not UTF-8 text", ("--data", "binary.txt"): "not a text file",
             ("--tokenizer", "gpt9"): "unknown tokenizer", ("--device", "tpu"): "not available",
             ("--tokenizer", "none.tiktoken"): "none.tiktoken is not there",
