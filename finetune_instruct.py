@@ -716,7 +716,7 @@ def talk(args, device):
         raise UserError(f"there is no checkpoint {path} to talk to; make one with: python "
                         "finetune_instruct.py")
     model, tokenizer, saved = load_checkpoint(path, device)
-    model.to(pick_dtype(args.dtype, device, generation=True))
+    model.to(pick_dtype(args.dtype, device))
     style = args.prompt_style or saved.get("prompt_style", "alpaca")
     if args.chat:
         return chat(model, tokenizer, style, args)

@@ -311,6 +311,14 @@ class TestGeneration(unittest.TestCase):
         stream.close()
         self.assertTrue(model.training)
 
+    def test_a_single_row_in_bfloat16_is_multiplied_as_many_rows_are(self):
+        torch.manual_seed(0)
+        layer, x = gpt.Linear(300, 77).bfloat16(), torch.randn(4, 300).bfloat16()
+        with torch.no_grad():
+            single = torch.cat([layer(row[None]) for row in x])
+            torch.testing.assert_close(single, layer(x), atol=0.01, rtol=0.02)
+        self.assertEqual(torch.backends.mkldnn.enabled, torch.backends.mkldnn.is_available())
+
     def test_the_smallest_temperature_takes_the_likeliest(self):
         logits = torch.tensor([[1.0, 3.0, 2.0]])
         for temperature in (1e-38, 1e-6):
@@ -548,8 +556,6 @@ class TestDevice(unittest.TestCase):
         with ticking(1.0, 0.9):        # too close to be "really faster"
             self.assertIs(gpt.pick_dtype("auto", "cpu"), torch.float32)
         self.assertIs(gpt.pick_dtype("float32", "cpu"), torch.float32)
-        self.assertIs(gpt.pick_dtype("auto", "cpu", generation=True), torch.float32)
-        self.assertIs(gpt.pick_dtype("bfloat16", "cpu", generation=True), torch.bfloat16)
 
     def test_keeping_freed_memory_is_left_out_where_the_c_library_cannot(self):
         gpt.keep_freed_memory(largest=1 << 20)
