@@ -532,16 +532,14 @@ def train_model(model, tokenizer, train_rows, val_rows, settings, device, out, s
                 if not math.isfinite(val_loss):
                     raise UserError(f"the validation loss is {val_loss} at step {step}; the last "
                                     f"checkpoint is kept. Try a lower --lr than {settings['lr']:g}")
-            if evaluate and rank == 0:
-                metrics.add(step=step, tokens=tokens,
-                            train_loss=round(loss_sum / loss_steps, 5),
-                            val_loss=round(val_loss, 5), bits_per_byte=round(bits, 5))
-                print_evaluation(model, tokenizer, settings, device, metrics.rows[-1])
-            if evaluate:
-                loss_sum, loss_steps, is_best = 0.0, 0, val_loss < best
-                best = min(best, val_loss)
-                if is_best and rank == 0:
-                    save_checkpoint(best_path(out), model, tokenizer, step=step)
+                if rank == 0:
+                    metrics.add(step=step, tokens=tokens,
+                                train_loss=round(loss_sum / loss_steps, 5),
+                                val_loss=round(val_loss, 5), bits_per_byte=round(bits, 5))
+                    print_evaluation(model, tokenizer, settings, device, metrics.rows[-1])
+                    if val_loss < best:
+                        save_checkpoint(best_path(out), model, tokenizer, step=step)
+                best, loss_sum, loss_steps = min(best, val_loss), 0.0, 0
             if (evaluate or pressed) and rank == 0:
                 save_checkpoint(out, model, tokenizer, step=step, tokens=tokens, best=best,
                                 losses=[loss_sum, loss_steps], settings=plain(settings),
