@@ -218,7 +218,8 @@ def make_batches(dataset, rows, settings, device, mask_prompt):
     for i in rows:
         length = min(len(dataset[i]), settings["context_length"])
         if parts[-1] and (len(parts[-1]) == settings["batch_size"] or num_tokens + length > 4096):
-            parts, num_tokens = [*parts, []], 0
+            parts.append([])
+            num_tokens = 0
         parts[-1].append(i)
         num_tokens += length
     return [(part, *custom_collate_fn(

@@ -170,7 +170,7 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout with cheaper random numbers on a CPU: one of 64 bits is cut into four of 16.
+    """nn.Dropout with cheaper random numbers on a CPU: a number of 64 bits is cut into four of 16.
 
     2.5 times faster there; with nn.Dropout, random numbers are a tenth of a training step at 124M.
     """
@@ -236,9 +236,10 @@ class MultiHeadAttention(nn.Module):
         B, H, T, D = queries.shape
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=queries.device).tril()
-        hidden = queries.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)  # to be added
+        # 0 where a query may look, minus infinity where not: added to the scores.
+        mask_to_add = queries.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))  # (B H, T, D)
-        attn_scores = torch.baddbmm(hidden, queries, keys.mT, alpha=D ** -0.5)        # (B H, T, T)
+        attn_scores = torch.baddbmm(mask_to_add, queries, keys.mT, alpha=D ** -0.5)  # (B H, T, T)
         attn_weights = self.dropout(torch.softmax(attn_scores, dim=-1))
         return (attn_weights @ values).view(B, H, T, D)
 

@@ -44,7 +44,7 @@ from gpt import (
 
 SMALL = {"vocab_size": None,  # the tokenizer's
          "context_length": 256, "emb_dim": 192, "n_heads": 3, "n_layers": 3,
-         "drop_rate": 0.0,    # short runs do not overfit
+         "drop_rate": 0.0,    # share of activations that training zeroes
          "qkv_bias": False, "tie_embeddings": True}
 # Measured: validation loss in nats per byte. In the same 85 s, 3 blocks of width 192 and 4 of 128
 # reach 1.22, 6 of 128 and 4 of 192 reach 1.30. For 4 of 192: Muon 1.49, AdamW (lr 0.002) 2.02 in
