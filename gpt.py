@@ -1,14 +1,12 @@
-"""The model: a GPT from one attention head up, generation, LoRA, and the checkpoint between stages.
+"""The model: a GPT from one attention head up, generation, LoRA; then what the scripts share.
 
     python gpt.py                                            a walk through the model, step by step
-    python gpt.py --checkpoint checkpoints/pretrained.pt --prompt "The import statement"
+    python gpt.py --prompt "The import statement"            text from checkpoints/pretrained.pt
+    python gpt.py --prompt "The import statement" --explain  what the model sees and expects
 
-This is the one file the stages share: `from gpt import GPTModel, GPT_CONFIG_124M`. It needs torch,
-tiktoken, numpy and requests, and follows the book *Build a Large Language Model (From Scratch)* by
-Sebastian Raschka ("the book" below), chapters 3 to 5 and appendices D and E, in the book's names.
-
-Read it in order: attention -> the model -> generation -> LoRA -> tokenizer and checkpoint ->
-download -> what every script needs -> the walk.
+This is the one file the stages share: `from gpt import GPTModel, GPT_CONFIG_124M`. It follows the
+book *Build a Large Language Model (From Scratch)* by Sebastian Raschka ("the book" below), chapters
+3 to 5 and appendix E, in the book's names. The first half is the lesson; a line says where it ends.
 
 Shapes: B batch (rows), T tokens in a row, C embedding width, H heads, D = C / H head width,
 V vocabulary size.
@@ -18,23 +16,26 @@ import argparse
 import base64
 import codecs
 import contextlib
+import copy
 import csv
 import ctypes
-import errno
+import functools
 import hashlib
-import json
 import math
 import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import requests
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -47,7 +48,9 @@ GPT_CONFIG_124M = {
     "drop_rate": 0.1,        # share of activations that dropout zeroes in training
     "qkv_bias": False,       # bias in the query, key and value layers; OpenAI's weights have one
 }
-# One optional key, "tie_embeddings": True lets out_head share tok_emb's matrix, as GPT-2 does.
+# One optional key, "tie_embeddings": True, lets the model's first and last matrix be one, as in
+# GPT-2. The two have 38.6 million numbers each: shared, the model has 124 million parameters, as
+# its name says; apart, as in the book and in this dictionary, it has 163 million.
 
 GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radford et al. 2019)
     "124M": {"emb_dim": 768, "n_layers": 12, "n_heads": 12},
@@ -56,17 +59,41 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
     "1558M": {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
 }
 
-
-class UserError(Exception):
-    """Something the user can mend: one sentence with what is wrong and what to type next."""
-
+# A transformer (Vaswani et al. 2017) first had two halves for translation: an encoder, in which
+# every word sees the whole sentence, and a decoder, which writes the translation word by word and
+# sees only what is written already. BERT is an encoder alone: it fills in missing words, and suits
+# tasks where the whole text is there. A GPT is a decoder alone: it continues a text, and every task
+# that can be written as a text to continue is one for it.
 
 # ---------------------------------------------------------------------------------------------
-# Attention, from one head to many. The first four classes are a ladder to read; the model uses
+# Embeddings. A model computes with vectors, so each token ID is turned into one: row number ID of
+# a table. With three tokens and vectors of two numbers,
+#
+#     table = [[0.3, 1.2],     the token IDs  2 0 2  become  [[0.4, 0.7],
+#              [0.9, 0.1],                                    [0.3, 1.2],
+#              [0.4, 0.7]]                                    [0.4, 0.7]]
+#
+# The numbers begin at random and are learned like all others, and tokens that are used alike end up
+# with similar rows. A second table has a row per position, which is added: without it, "dog bites
+# man" and "man bites dog" would be the same to what follows. Book sections 2.7 and 2.8.
+
+# ---------------------------------------------------------------------------------------------
+# Attention, from its idea to many heads. Each rung of this ladder adds one thing; the model uses
 # the last one, MultiHeadAttention.
 
+def attention_without_weights(x):
+    """The idea. x (T, C) -> (T, C): each token becomes a mean of all, its likes weighing most.
+
+    Nothing is learned yet, so what a token attends to is always what resembles it. A verb could not
+    look for its subject. Book section 3.3.
+    """
+    attn_scores = x @ x.T                                        # (T, T): how alike two tokens are
+    attn_weights = torch.softmax(attn_scores, dim=-1)            # positive, each row sums to 1
+    return attn_weights @ x                                      # (T, C): weighted means
+
+
 class SelfAttention_v1(nn.Module):
-    """One head, with bare matrices. x (T, d_in) -> (T, d_out). Book section 3.4.
+    """One head, with bare matrices. x (T, d_in) -> (T, d_out). Section 3.4.
 
     Each token asks a question (query); each token offers a label (key) and a content (value).
     The better a key answers the query, the more of its value flows into the context vector.
@@ -79,11 +106,15 @@ class SelfAttention_v1(nn.Module):
         self.W_value = nn.Parameter(torch.rand(d_in, d_out))
 
     def forward(self, x):
-        queries, keys, values = x @ self.W_query, x @ self.W_key, x @ self.W_value
+        queries = x @ self.W_query                               # (T, d_out)
+        keys = x @ self.W_key
+        values = x @ self.W_value
         attn_scores = queries @ keys.T                           # (T, T): each query with each key
-        # Dividing by the root of the width keeps the softmax from saturating on long vectors.
-        attn_weights = torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)  # rows sum to 1
-        return attn_weights @ values                              # (T, d_out)
+
+        # Long vectors give large scores, and the softmax of those is nearly all 0 and 1, where it
+        # hardly learns. Dividing by the root of the width keeps them small.
+        attn_weights = torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)
+        return attn_weights @ values                             # (T, d_out)
 
 
 class SelfAttention_v2(nn.Module):
@@ -103,7 +134,15 @@ class SelfAttention_v2(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """A head that cannot look ahead, for batches. x (B, T, d_in) -> (B, T, d_out). Section 3.5."""
+    """A head that cannot look ahead, for batches. x (B, T, d_in) -> (B, T, d_out). Section 3.5.
+
+    A model that is to predict the next token must not see it. Setting the weights of future tokens
+    to zero and dividing each row by its new sum would do; setting their scores to minus infinity
+    before the softmax is the same in one step, as e to minus infinity is 0.
+
+    Dropout zeroes a random share of the weights in training, and only there, so that no token can
+    rely on a single other one; the rest are divided by what is left, which keeps the mean.
+    """
 
     def __init__(self, d_in, d_out, context_length, dropout, qkv_bias=False):
         super().__init__()
@@ -111,6 +150,7 @@ class CausalAttention(nn.Module):
         self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.dropout = nn.Dropout(dropout)
+
         # True above the diagonal: the keys that lie in the future of a query.
         mask = torch.triu(torch.ones(context_length, context_length), diagonal=1).bool()
         self.register_buffer("mask", mask)
@@ -118,15 +158,17 @@ class CausalAttention(nn.Module):
     def forward(self, x):
         T = x.shape[1]
         queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)
-        attn_scores = queries @ keys.transpose(1, 2)              # (B, T, T)
-        # Minus infinity becomes exactly zero in the softmax.
+        attn_scores = queries @ keys.transpose(1, 2)             # (B, T, T)
         attn_scores = attn_scores.masked_fill(self.mask[:T, :T], -torch.inf)
         attn_weights = torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)
         return self.dropout(attn_weights) @ values
 
 
 class MultiHeadAttentionWrapper(nn.Module):
-    """Several causal heads side by side: (B, T, d_in) -> (B, T, num_heads * d_out). Section 3.6."""
+    """Several causal heads side by side: (B, T, d_in) -> (B, T, num_heads * d_out). Section 3.6.
+
+    One head can look for a subject while another looks for the word before.
+    """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
         super().__init__()
@@ -138,59 +180,14 @@ class MultiHeadAttentionWrapper(nn.Module):
         return torch.cat([head(x) for head in self.heads], dim=-1)
 
 
-class Linear(nn.Linear):
-    """nn.Linear, made faster on a CPU when x is a single row, as in generation.
-
-    torch uses one core for one float32 row. Here the matrix is cut into a block per thread, so
-    that all cores read it: 2 to 2.5 times faster on two cores. For bfloat16, torch asks oneDNN
-    first, which is made for many rows; torch's own product of one is twice as fast.
-    """
-
-    def forward(self, x):
-        single = (x.numel() == self.in_features and x.device.type == "cpu" and not x.requires_grad
-                  and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
-                  and not torch.compiler.is_compiling())
-        if single and x.dtype == torch.bfloat16:
-            onednn, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-            try:
-                return super().forward(x)
-            finally:
-                torch.backends.mkldnn.enabled = onednn
-        if single and x.dtype == torch.float32:
-            blocks = min(torch.get_num_threads(), self.out_features)
-            rows = self.out_features // blocks * blocks
-            weight = self.weight[:rows].view(blocks, -1, self.in_features)
-            # subtle: .t() only changes how x is looked at; made .contiguous(), bmm would be slow.
-            y = torch.bmm(weight, x.reshape(1, -1).t().expand(blocks, -1, 1)).view(rows)
-            if rows < self.out_features:  # what cannot be shared out evenly
-                y = torch.cat([y, self.weight[rows:] @ x.flatten()])
-            y = y if self.bias is None else y + self.bias
-            return y.view(*x.shape[:-1], self.out_features)
-        return super().forward(x)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout with cheaper random numbers on a CPU: a number of 64 bits is cut into four of 16.
-
-    2.5 times faster there; with nn.Dropout, random numbers are a tenth of a training step at 124M.
-    """
-
-    def forward(self, x):
-        if not self.training or self.p in (0, 1) or x.device.type != "cpu":
-            return super().forward(x)
-        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2**63, None)
-        numbers = bits.view(torch.int16)[:x.numel()].view(x.shape)    # from -2^15 to 2^15 - 1
-        keep = numbers >= round(self.p * 2**16) - 2**15               # a share p lies below
-        return x * (keep.to(x.dtype) / (1 - self.p))
-
-
 class MultiHeadAttention(nn.Module):
-    """All heads at once, with a fused softmax. (B, T, d_in) -> (B, T, d_out).
+    """All heads at once. (B, T, d_in) -> (B, T, d_out). Section 3.6.
 
-    `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention` without ever storing
-    the (T, T) weights (Dao et al. 2022, FlashAttention), so there is no mask to keep and
-    `context_length` is here for the book's signature only. Section 3.6. `cache` is the KVCache of
-    the next part. Raises ValueError when d_out cannot be shared out evenly among the heads.
+    `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention`, without ever storing
+    the (T, T) weights where it can (Dao et al. 2022, FlashAttention); `context_length` is here for
+    the book's signature only, as no mask is kept. `Linear` is torch's, with a faster form for
+    generation that stands behind the lesson. `cache` is the KVCache of the part on generation.
+    Raises ValueError when d_out cannot be shared out evenly among the heads.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -202,55 +199,38 @@ class MultiHeadAttention(nn.Module):
         self.W_key = Linear(d_in, d_out, bias=qkv_bias)
         self.W_value = Linear(d_in, d_out, bias=qkv_bias)
         self.out_proj = Linear(d_out, d_out)  # lets the heads' results mix
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def split_heads(self, t):
+        """(B, T, C) -> (B, T, H, D) -> (B, H, T, D)"""
+        return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, x, cache=None, layer=0):
-        B, T, _ = x.shape
+        queries = self.split_heads(self.W_query(x))
+        keys = self.split_heads(self.W_key(x))
+        values = self.split_heads(self.W_value(x))
 
-        def split_heads(t):  # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
-            return t.view(B, T, self.num_heads, -1).transpose(1, 2)
+        # With a cache, the tokens read before have keys and values too.
+        if cache is not None:
+            keys, values = cache.extend(layer, keys, values)
 
-        queries = split_heads(self.W_query(x))
-        keys = split_heads(self.W_key(x))
-        values = split_heads(self.W_value(x))
-        mask = None
-        if cache is not None:  # put the new keys behind the old ones and look at all of them
-            keys, values, mask = cache.extend(layer, keys, values)
-        dropout_p = self.dropout.p if self.training else 0.0
-        if (self.training and x.device.type == "cpu" and 1 < T <= 512
-                and (queries.dtype == torch.bfloat16 or dropout_p > 0)):
-            context_vec = self.attend_in_steps(queries, keys, values, mask)
-        else:
-            # subtle: is_causal assumes that the first query belongs to the first key. With a cache
-            # the first query comes later, and would see one key only; so the cache brings a mask.
-            context_vec = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, is_causal=mask is None and T > 1,
-                dropout_p=dropout_p)
+        # subtle: is_causal assumes that the first query belongs to the first key. With a cache the
+        # first query comes later and would see one key only, so the cache brings a mask.
+        context_vec = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=None if cache is None else cache.mask,
+            is_causal=cache is None, dropout_p=self.dropout.p if self.training else 0.0)
+
         # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
-        return self.out_proj(context_vec.transpose(1, 2).reshape(B, T, -1))
-
-    def attend_in_steps(self, queries, keys, values, mask):
-        """The same in separate steps, (B, H, T, D): in training on a CPU, torch's fused kernel is
-        slow in bfloat16 and has no dropout; this is 2.5 times faster at 256 tokens. But it stores
-        the (T, T) weights, so longer rows than 512 are left to the kernel."""
-        B, H, T, D = queries.shape
-        if mask is None:
-            mask = torch.ones(T, T, dtype=torch.bool, device=queries.device).tril()
-        # 0 where a query may look, minus infinity where not: added to the scores.
-        mask_to_add = queries.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-        queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))  # (B H, T, D)
-        attn_scores = torch.baddbmm(mask_to_add, queries, keys.mT, alpha=D ** -0.5)  # (B H, T, T)
-        attn_weights = self.dropout(torch.softmax(attn_scores, dim=-1))
-        return (attn_weights @ values).view(B, H, T, D)
+        return self.out_proj(context_vec.transpose(1, 2).flatten(2))
 
 
 # ---------------------------------------------------------------------------------------------
 # The model: normalise, attend, normalise, think; a dozen times. Book chapter 4.
 
 class LayerNorm(nn.Module):
-    """Each token's C numbers to mean 0 and variance 1, then scale and shift. Section 4.2.
+    """Each token's C numbers to mean 0 and variance 1, then scale and shift, learned. Section 4.2.
 
-    (x - mean) / sqrt(var + eps) * scale + shift, with the variance divided by C, not C - 1.
+    Layer upon layer, numbers would grow or vanish; this brings them back to one size.
     """
 
     def __init__(self, emb_dim):
@@ -260,13 +240,19 @@ class LayerNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(emb_dim))
 
     def forward(self, x):
+        # In one call:  (x - mean) / sqrt(variance + eps) * scale + shift,
+        # where mean = x.mean(-1) and variance = x.var(-1, unbiased=False).
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
 
 
 class GELU(nn.Module):
-    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): GPT-2's form. Hendrycks & Gimpel 2016."""
+    """A soft switch: large numbers pass, very negative ones become 0. Hendrycks & Gimpel 2016.
+
+    Without something between two linear layers that is not linear, both would be one. Section 4.3.
+    """
 
     def forward(self, x):
+        # 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), the approximation that GPT-2 uses
         return F.gelu(x, approximate="tanh")
 
 
@@ -300,7 +286,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(cfg)
         self.norm1 = LayerNorm(cfg["emb_dim"])
         self.norm2 = LayerNorm(cfg["emb_dim"])
-        self.drop_resid = Dropout(cfg["drop_rate"])
+        self.drop_resid = nn.Dropout(cfg["drop_rate"])
 
     def forward(self, x, cache=None, layer=0):
         x = x + self.drop_resid(self.att(self.norm1(x), cache, layer))
@@ -310,7 +296,8 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """Token IDs (B, T) -> logits (B, T, V): at each position, a score for every next token.
 
-    Section 4.6. Raises ValueError for more tokens than `cfg["context_length"]`.
+    A softmax turns logits, which may be any numbers, into probabilities. Section 4.6. Raises
+    ValueError for more tokens than `cfg["context_length"]`.
 
     Example:
         torch.manual_seed(123)
@@ -323,7 +310,7 @@ class GPTModel(nn.Module):
         self.cfg = dict(cfg)
         self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
         self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
-        self.drop_emb = Dropout(cfg["drop_rate"])
+        self.drop_emb = nn.Dropout(cfg["drop_rate"])
         self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
         self.final_norm = LayerNorm(cfg["emb_dim"])
         self.out_head = Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
@@ -337,16 +324,15 @@ class GPTModel(nn.Module):
     def hidden_states(self, in_idx, cache=None):
         """(B, T) token IDs -> (B, T, C), what out_head reads. `cache` holds the tokens before."""
         T = in_idx.shape[1]
-        start, longest = (0, 0) if cache is None else (cache.start, cache.longest)
-        if longest + T > self.cfg["context_length"]:
+        if T + (cache.longest if cache else 0) > self.cfg["context_length"]:
             raise ValueError(f"{T} tokens do not fit the model's context of "
                              f"{self.cfg['context_length']}; shorten the text")
-        positions = torch.arange(T, device=in_idx.device) + start  # (T,), or (B, 1)
+        positions = cache.begin(T) if cache else torch.arange(T, device=in_idx.device)
+
+        # What the token is, plus where it stands.
         x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))       # (B, T, C)
         for layer, block in enumerate(self.trf_blocks):
             x = block(x, cache, layer)
-        if cache is not None:
-            cache.advance(T)
         return self.final_norm(x)
 
     def forward(self, in_idx):
@@ -360,6 +346,61 @@ class GPTModel(nn.Module):
         return result
 
 
+def walk():
+    """Print GPT-2's parameters, part by part, and the shape of the data after each step."""
+    cfg = {**GPT_CONFIG_124M, "tie_embeddings": True, "qkv_bias": True}
+    with shapes_only():  # a model without numbers in it is enough, and takes no memory
+        model = GPTModel(cfg)
+    block, L = model.trf_blocks[0], cfg["n_layers"]
+    att = block.att
+
+    print("A GPT reads tokens (pieces of words) and scores every token that could come next.")
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    total = count(model)
+    print("\nThe parameters of GPT-2, the smallest of its four sizes, by part")
+    for name, number in [
+            ("tok_emb: one vector per token", count(model.tok_emb)),
+            ("pos_emb: one vector per position", count(model.pos_emb)),
+            (f"attention, {L} times {count(att):,}", L * count(att)),
+            (f"feed-forward, {L} times {count(block.ff):,}", L * count(block.ff)),
+            ("layer norms", L * 2 * count(block.norm1) + count(model.final_norm)),
+            ("out_head: the same matrix as tok_emb", 0),
+            ("together", total)]:
+        print(f"  {name:40s} {number:>12,} {100 * number / total:5.1f} %")
+    print(f"  memory: {total * 4 / 1e6:.0f} MB to use it in float32, {total * 16 / 1e6:.0f} MB to")
+    print("  train it (weights, gradients and AdamW's two averages)")
+
+    def show(what, t, note):
+        print(f"  {what:28s} {str(tuple(t.shape)):16s} {note}")
+        return t
+
+    print("\nOne short sentence on its way through, and the shape after each step")
+    ids = torch.tensor([[6109, 3626, 6100, 345]], device="meta")
+    positions = torch.arange(4, device="meta")
+    show("token IDs", ids, "(B, T): 6109 3626 6100 345, 'Every effort moves you'")
+    x = show("tok_emb + pos_emb", model.tok_emb(ids) + model.pos_emb(positions), "(B, T, C)")
+
+    # The first block, one step at a time. Keys and values have the queries' shape, and a softmax
+    # changes none, so the queries stand for all three.
+    y = show("norm1", block.norm1(x), "mean 0, variance 1 in each token")
+    q = show("W_query, and W_key, W_value", att.W_query(y), "one query, key, value per token")
+    q = show("split into heads", att.split_heads(q), "(B, H, T, D)")
+    w = show("queries x keys, softmax", q @ q.transpose(2, 3), "(B, H, T, T): who looks at whom")
+    y = show("weights x values", w @ q, "(B, H, T, D): what they find there")
+    y = show("join heads, out_proj", att.out_proj(y.transpose(1, 2).flatten(2)), "(B, T, C)")
+    x = show("add to the shortcut", x + y, "what a token is + what it found")
+    y = show("norm2, ff.layers[0], GELU", block.ff.layers[:2](block.norm2(x)), "(B, T, 4 C)")
+    x = show("ff.layers[2], add", x + block.ff.layers[2](y), f"that is one block; {L - 1} more")
+
+    x = show("final_norm", model.final_norm(x), "(B, T, C)")
+    show("out_head: logits", model.out_head(x), "(B, T, V): scores for every next token")
+    print("\nThe last row of logits chooses the fifth token; append it and repeat: that is "
+          "generation.\nNext: `python pretrain.py` trains a small GPT here, in about two minutes.")
+
+
 # ---------------------------------------------------------------------------------------------
 # Generation: predict, choose, append, repeat.
 
@@ -371,7 +412,8 @@ def text_to_token_ids(text, tokenizer):
 
 def token_ids_to_text(token_ids, tokenizer):
     """(1, T) or (T,) token IDs -> text. Section 5.1."""
-    return tokenizer.decode(token_ids.flatten().tolist())
+    # A model may have more rows than the tokenizer has tokens; those stand for no text.
+    return tokenizer.decode([i for i in token_ids.flatten().tolist() if i < tokenizer.n_vocab])
 
 
 def generate_text_simple(model, idx, max_new_tokens, context_size):
@@ -388,12 +430,44 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
     return idx
 
 
+def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """Logits (B, V) -> probabilities (B, V) to draw the next token from. Section 5.3.
+
+    A temperature below 1 makes the likely likelier, above 1 the unlikely. `top_k` keeps the k
+    likeliest tokens; `top_p` keeps the likeliest that together reach p (Holtzman et al. 2020).
+    """
+    # Less the largest, which no softmax sees: a tiny temperature must not make infinities.
+    logits = logits.float() - logits.max(dim=-1, keepdim=True).values.float()
+    logits = logits / max(temperature, 1e-30)
+    if top_k is not None:
+        kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_best, -torch.inf)
+    probs = torch.softmax(logits, dim=-1)
+
+    # A token stays if those before it have not reached p, so the likeliest always stays.
+    if top_p is not None:
+        sorted_probs, order = probs.sort(dim=-1, descending=True)
+        sorted_probs[sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p] = 0.0
+        probs = torch.zeros_like(probs).scatter(1, order, sorted_probs)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def sample_next(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
+    """Logits (B, V) -> next tokens (B,). Temperature 0 takes the likeliest, without chance."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    probs = next_token_probs(logits, temperature, top_k, top_p)
+    return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
+
+
 class KVCache:
     """The keys and values of the tokens read so far, so that each is computed only once.
 
-    For every layer one (B, H, max_length, D) tensor of keys and one of values, allocated once.
-    Rows may differ in length. `start` is where the next token goes: an integer while all rows are
-    equally long, else one per row, (B, 1). `longest` is the number of tokens in the longest row.
+    A token's key and value never change, as it sees only what is before it; so a new token needs
+    its own query, key and value, and those kept here. For every layer one (B, H, max_length, D)
+    tensor of keys and one of values, allocated once. `lengths` (B,) says how many tokens each row
+    has; prompts that are padded at the right may be of different lengths.
     """
 
     def __init__(self, model, batch_size, max_length):
@@ -401,57 +475,27 @@ class KVCache:
         shape = (batch_size, heads, max_length, model.cfg["emb_dim"] // heads)
         self.keys = [weight.new_zeros(shape) for _ in model.trf_blocks]
         self.values = [weight.new_zeros(shape) for _ in model.trf_blocks]
-        self.start = self.longest = 0
+        self.rows = torch.arange(batch_size, device=weight.device)[:, None]
+        self.lengths = torch.zeros_like(self.rows[:, 0])
+        self.longest = 0
 
-    def set_lengths(self, lengths):
-        """Call after reading prompts padded at the right: of row i, lengths[i] tokens are real."""
-        if bool((lengths != self.longest).any()):
-            self.start = lengths[:, None]
-            self.rows = torch.arange(len(lengths), device=lengths.device)
+    def begin(self, T):
+        """T tokens per row are about to be read -> their positions (B, T)."""
+        steps = torch.arange(T, device=self.lengths.device)
+        self.positions = self.lengths[:, None] + steps
+        self.lengths = self.lengths + T
+        self.longest += T
+
+        # True where a key is not later than the query: (B, 1, T, longest).
+        key_positions = torch.arange(self.longest, device=self.lengths.device)
+        self.mask = key_positions <= self.positions[:, None, :, None]
+        return self.positions
 
     def extend(self, layer, keys, values):
-        """Store (B, H, T, D) new keys and values; return all of them and the mask they need."""
-        T, end = keys.shape[2], self.longest + keys.shape[2]
-        all_keys, all_values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-        if isinstance(self.start, int):
-            all_keys[:, :, self.start:] = keys
-            all_values[:, :, self.start:] = values
-            query_positions = torch.arange(self.start, end, device=keys.device)[:, None]
-        else:  # each row writes at its own position, one token at a time
-            all_keys[self.rows, :, self.start[:, 0]] = keys[:, :, 0]
-            all_values[self.rows, :, self.start[:, 0]] = values[:, :, 0]
-            query_positions = self.start[:, :, None, None]
-        if isinstance(self.start, int) and (T == 1 or self.start == 0):
-            return all_keys, all_values, None  # one query sees every key; or is_causal does it
-        key_positions = torch.arange(end, device=keys.device)
-        return all_keys, all_values, key_positions <= query_positions
-
-    def advance(self, num_tokens):
-        """Count the tokens that every layer has stored."""
-        self.start = self.start + num_tokens
-        self.longest += num_tokens
-
-
-def sample_next(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
-    """Logits (B, V) -> next tokens (B,). Section 5.3; top-p is Holtzman et al. 2020.
-
-    temperature 0 takes the likeliest token; below 1 the likely get likelier, above 1 the unlikely
-    do. top_k keeps the k likeliest tokens; top_p keeps the likeliest whose probabilities reach p.
-    """
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    # Less the largest, which no softmax sees: a tiny temperature must not make infinities.
-    logits = (logits.float() - logits.max(dim=-1, keepdim=True).values.float()) / temperature
-    if top_k is not None:
-        kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_best, -torch.inf)
-    probs = torch.softmax(logits, dim=-1)
-    if top_p is not None:
-        sorted_probs, order = probs.sort(dim=-1, descending=True)
-        # A token stays if those before it have not reached p, so the likeliest always stays.
-        sorted_probs[sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p] = 0.0
-        probs = torch.zeros_like(probs).scatter(1, order, sorted_probs)
-    return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
+        """Store (B, H, T, D) new keys and values; return those of all tokens so far."""
+        self.keys[layer][self.rows, :, self.positions] = keys.transpose(1, 2)
+        self.values[layer][self.rows, :, self.positions] = values.transpose(1, 2)
+        return self.keys[layer][:, :, :self.longest], self.values[layer][:, :, :self.longest]
 
 
 @torch.no_grad()
@@ -467,6 +511,7 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
     device = idx.device
     context_size = min(context_size, model.cfg["context_length"])
     rng = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+
     lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
     text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
     rows = torch.arange(B, device=device)
@@ -476,21 +521,26 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
     model.eval()
     try:
         for longest in range(T, T + max_new_tokens):
-            if longest > context_size:  # the window slides: with the positions, all keys change
+            # Predict. When the window slides, all positions change and with them all keys, so
+            # each row's last `context_size` tokens are read anew, without the cache.
+            if longest > context_size:
                 first = (lengths - context_size).clamp(min=0)
                 window = first[:, None] + torch.arange(context_size, device=device)
-                hidden = model.hidden_states(text.gather(1, window))
-                hidden = hidden[rows, lengths - first - 1]        # each row's last token
-            elif longest == T:          # read the prompts in one pass
+                hidden = model.hidden_states(text.gather(1, window))[rows, lengths - first - 1]
+            elif longest == T:          # the prompts, in one pass
                 hidden = model.hidden_states(idx, cache)[rows, lengths - 1]
-                cache.set_lengths(lengths)
-            else:                       # read only the token that came last
+                cache.lengths = lengths
+            else:                       # only the token that came last
                 hidden = model.hidden_states(idx_next[:, None], cache)[:, -1]
-            logits = model.out_head(hidden)                       # (B, V): the last token's only
+            logits = model.out_head(hidden)                       # (B, V)
+
+            # Choose. A row that has ended stays at its end.
             idx_next = sample_next(logits, temperature, top_k, top_p, rng)
             if eos_id is not None:
                 idx_next = idx_next.masked_fill(finished, eos_id)
                 finished |= idx_next == eos_id
+
+            # Append.
             text[rows, lengths] = idx_next
             lengths = lengths + 1
             yield idx_next
@@ -504,7 +554,7 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
              top_p=None, lengths=None, seed=None):
     """Continue each row of token IDs: (B, T) -> (B, T + n), n <= max_new_tokens. Section 5.3.
 
-    At temperature 0 the tokens are those of `generate_text_simple`; `sample_next` explains the
+    At temperature 0 the tokens are those of `generate_text_simple`; `next_token_probs` explains the
     other choices, `seed` makes them repeatable. A row that produced `eos_id` is filled with it,
     and generation ends when all rows have. Prompts of different lengths are padded at the right
     (with any token) and their `lengths` (B,) given; the new tokens are `result[:, T:]`.
@@ -515,27 +565,16 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
     return torch.cat([idx, torch.stack(new, dim=1)], dim=1) if new else idx
 
 
-def compile_generation(model):
-    """Let torch.compile rewrite, in place, the step that reads one new token with the cache.
-
-    The first tokens then take up to a minute; prompts, whose lengths vary, are read as before.
-    """
-    plain, compiled = model.hidden_states, torch.compile(model.hidden_states)
-
-    def hidden_states(in_idx, cache=None):
-        single = cache is not None and in_idx.shape[1] == 1
-        return (compiled if single else plain)(in_idx, cache)
-
-    model.hidden_states = hidden_states
-
-
 # ---------------------------------------------------------------------------------------------
-# LoRA: leave a trained matrix as it is and learn a small correction. Hu et al. 2021; book E.
+# LoRA: leave a trained matrix as it is and learn a small correction. Hu et al. 2021; appendix E.
+# A matrix of 768 x 768 has 589,824 numbers; a correction of rank 16, a product of 768 x 16 and
+# 16 x 768, has 24,576. Gradients and the optimizer's averages are kept for these alone.
 
 class LoRALayer(nn.Module):
     """x (..., in_dim) -> x A B * alpha / rank (..., out_dim).
 
-    The matrix B starts at zero, and so does the correction.
+    The matrix B starts at zero, and so does the correction. Dividing by the rank keeps the size of
+    the correction, and the best learning rate, about the same when the rank is changed.
     """
 
     def __init__(self, in_dim, out_dim, rank, alpha):
@@ -543,8 +582,6 @@ class LoRALayer(nn.Module):
         self.A = nn.Parameter(torch.empty(in_dim, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.B = nn.Parameter(torch.zeros(rank, out_dim))
-        # Dividing by the rank keeps the size of the correction, and the best learning rate, about
-        # the same when the rank is changed.
         self.scaling = alpha / rank
 
     def forward(self, x):
@@ -566,200 +603,113 @@ class LinearWithLoRA(nn.Module):
 def replace_linear_with_lora(model, rank, alpha):
     """Wrap every linear layer inside `model`, in place; freeze what it had before you call it.
 
-    A head tied to the token embedding is left alone: merging would change the embedding too.
+    A layer that shares its matrix with an embedding, as a tied head does, is left alone: merging
+    would change the embedding too.
     """
-    for name, module in list(model.named_children()):
-        tied = name == "out_head" and model.cfg.get("tie_embeddings")
-        if isinstance(module, nn.Linear) and not tied:
-            setattr(model, name, LinearWithLoRA(module, rank, alpha).to(module.weight.device))
-        else:
-            replace_linear_with_lora(module, rank, alpha)
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Linear) and not any(module.weight is t for t in tables):
+                setattr(parent, name, LinearWithLoRA(module, rank, alpha).to(module.weight.device))
 
 
 @torch.no_grad()
 def merge_lora(model):
     """Add every correction to its matrix and unwrap it: the same function, the plain model."""
-    for name, module in list(model.named_children()):
-        if isinstance(module, LinearWithLoRA):
-            lora = module.lora
-            module.linear.weight += lora.scaling * (lora.A @ lora.B).T  # Linear stores (out, in)
-            setattr(model, name, module.linear)
-        else:
-            merge_lora(module)
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, LinearWithLoRA):
+                lora = module.lora
+                module.linear.weight += lora.scaling * (lora.A @ lora.B).T  # Linear has (out, in)
+                setattr(parent, name, module.linear)
+    return model
+
+
+# =============================================================================================
+# The lesson ends here. What follows makes it practical: speed on a CPU, tokenizers, checkpoints,
+# downloads, options and errors, what surrounds a training run, and the command.
+# =============================================================================================
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence with what is wrong and what to type next."""
 
 
 # ---------------------------------------------------------------------------------------------
-# Tokenizers. Whichever it is, tiktoken's encoder runs it. A vocabulary is a list of byte strings;
-# the place of one in it is its rank, which is both its token ID and its priority: when text is cut
-# into tokens, the merge that gives the lowest rank comes first (tokenizer.py shows how).
+# Speed on a CPU, and the number types.
 
-GPT2_SPLIT_PATTERN = (  # how GPT-2 cuts text into chunks before it merges bytes: contractions,
-    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")  # words, ...
-GPT2_VOCABULARY = {  # the two files that define GPT-2's tokens, with their SHA-256
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join("data", "tiktoken"))
+class Linear(nn.Linear):
+    """nn.Linear, made faster on a CPU when x is a single row, as in generation.
 
-
-def gpt2_vocabulary_files():
-    """The paths of `data/vocab.bpe` and `data/encoder.json`, downloaded if they are not there."""
-    for name, sha256 in GPT2_VOCABULARY.items():
-        download([f"https://openaipublic.blob.core.windows.net/gpt-2/models/124M/{name}",
-                  f"https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/124M/{name}"],
-                 Path("data") / name, sha256)
-    return [Path("data") / name for name in GPT2_VOCABULARY]
-
-
-def load_gpt2_tokenizer():
-    """tiktoken's `gpt2`, with its two files fetched by `download` if tiktoken lacks them."""
-    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
-    # tiktoken names a file in its cache by the SHA-1 of the address.
-    names = {name: cache / hashlib.sha1((address + name).encode()).hexdigest()
-             for name in GPT2_VOCABULARY}
-    if not all(path.exists() for path in names.values()):
-        for source in gpt2_vocabulary_files():
-            with write_atomically(names[source.name]) as part:
-                shutil.copyfile(source, part)
-    return tiktoken.get_encoding("gpt2")
-
-
-def read_rank_file(path):
-    """A trained vocabulary -> (ranks, split pattern, special tokens). Raises UserError.
-
-    PATH holds tiktoken's format, a line `base64-token rank` per token; PATH.json holds
-    {"pat_str": ..., "special_tokens": {name: id}}, by default GPT-2's pattern and an
-    `<|endoftext|>` after the last rank.
+    torch uses one core for one float32 row; here the matrix is cut into a block per thread, so that
+    all cores read it. For bfloat16, torch asks oneDNN first, which is made for many rows. On two
+    cores a 124M model generates 2.2 to 2.4 times as fast.
     """
-    ranks, path = {}, Path(path)
-    try:
-        lines = path.read_text(encoding="ascii").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; make it with: python tokenizer.py train TEXT "
-                        f"--out {path}") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} cannot be read as a rank file ({e})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            token, rank = line.split()
-            token, rank = base64.b64decode(token, validate=True), int(rank)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: expected a base64 token, a space and a rank, "
-                            f"found {line[:40]!r}") from None
-        if token in ranks or not token:
-            raise UserError(f"{path}, line {number}: the token {token!r} is empty or there twice")
-        if rank != len(ranks):
-            raise UserError(f"{path}, line {number}: expected rank {len(ranks)}, found {rank}; "
-                            "ranks count up from 0 without gaps")
-        ranks[token] = rank
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise UserError(f"{path} is not a byte-level vocabulary: the single byte {missing[0]} has "
-                        "no rank")
-    sidecar = Path(f"{path}.json")
-    try:
-        more = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.exists() else {}
-        pattern = more.get("pat_str", GPT2_SPLIT_PATTERN)
-        special = more.get("special_tokens", {"<|endoftext|>": len(ranks)})
-        expected = list(range(len(ranks), len(ranks) + len(special)))
-        if not isinstance(pattern, str) or sorted(special.values()) != expected:
-            raise ValueError("the special tokens' ids must follow the ranks")
-    except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise UserError(f"{sidecar} is broken ({e}); train the vocabulary anew") from None
-    return ranks, pattern, special
+
+    def forward(self, x):
+        single = (x.numel() == self.in_features and x.device.type == "cpu" and not x.requires_grad
+                  and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu"))
+        if single and x.dtype == torch.bfloat16:
+            onednn = torch.backends.mkldnn.enabled
+            torch.backends.mkldnn.enabled = False
+            y = super().forward(x)
+            torch.backends.mkldnn.enabled = onednn
+            return y
+        if not single or x.dtype != torch.float32:
+            return super().forward(x)
+
+        # subtle: .t() only changes how x is looked at; made .contiguous(), bmm would be slow.
+        blocks = min(torch.get_num_threads(), self.out_features)
+        rows = self.out_features // blocks * blocks
+        weight = self.weight[:rows].view(blocks, -1, self.in_features)
+        y = torch.bmm(weight, x.reshape(1, -1).t().expand(blocks, -1, 1)).view(rows)
+        if rows < self.out_features:  # what cannot be shared out evenly
+            y = torch.cat([y, self.weight[rows:] @ x.flatten()])
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
 
 
-def load_tokenizer(spec):
-    """`gpt2`, `bytes`, the path of a rank file, or what a checkpoint holds -> tiktoken.Encoding.
+def keep_freed_memory(largest):
+    """Tell the C library to keep freed memory for reuse; blocks above `largest` bytes go back.
 
-    Every tokenizer has `<|endoftext|>`, as `tokenizer.eot_token`. Raises UserError.
+    Otherwise every training step returns its memory to the system and asks for it again, page by
+    page: kept, training at 124M is 1.5 times as fast. Only glibc (Linux) can do it.
     """
-    if spec == "gpt2":
-        return load_gpt2_tokenizer()
-    if spec == "bytes":
-        name, ranks, pattern = "bytes", {bytes([i]): i for i in range(256)}, GPT2_SPLIT_PATTERN
-        special = {"<|endoftext|>": 256}
-    elif isinstance(spec, dict):
-        name, pattern, special = spec["name"], spec["pat_str"], spec["special_tokens"]
-        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["tokens"])}
-    elif not Path(spec).exists() and not str(spec).endswith(".tiktoken"):
-        raise UserError(f"unknown tokenizer {str(spec)!r}; use gpt2, bytes, or the path of a file "
-                        "made by: python tokenizer.py train")
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, largest)   # M_MMAP_THRESHOLD: blocks up to this size are kept ...
+        mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD: ... up to a gigabyte of them
+
+
+def pick_device(name="auto"):
+    """`auto` (cuda if there, else cpu), `cpu`, `cuda`, `cuda:1` or `mps` -> torch.device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"the device {name!r} is not available here; use --device auto") from None
+
+
+def pick_dtype(name="auto", device="cpu"):
+    """The type that matrix products are computed in: torch.float32 or torch.bfloat16.
+
+    `auto` takes bfloat16 where the processor has instructions for it; elsewhere it is emulated.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if torch.device(device).type == "cuda":  # Ampere and later
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
     else:
-        name, (ranks, pattern, special) = Path(spec).stem + ".tiktoken", read_rank_file(spec)
-    if "<|endoftext|>" not in special:
-        raise UserError(f"the tokenizer {name!r} has no <|endoftext|>, which separates documents; "
-                        "train it with that special token")
-    try:
-        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens=special)
-    except ValueError as e:  # the split pattern is not a regular expression
-        raise UserError(f"the tokenizer {name!r} cannot be used ({e})") from None
+        has = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
+        fast = has.get("avx512_bf16") or has.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
 
 
-def tokenizer_spec(tokenizer):
-    """What a checkpoint holds of a tokenizer: a name, or everything needed to rebuild it."""
-    if tokenizer.name in ("gpt2", "bytes"):
-        return tokenizer.name
-    tokens = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
-    return {"name": tokenizer.name, "pat_str": tokenizer._pat_str,
-            "special_tokens": dict(tokenizer._special_tokens),
-            "tokens": [base64.b64encode(token).decode("ascii") for token in tokens]}
-
-
-# ---------------------------------------------------------------------------------------------
-# The checkpoint: the only thing that passes from one stage to the next.
-
-@contextlib.contextmanager
-def write_atomically(path):
-    """Yield a temporary path beside `path`; it becomes `path` only if the block succeeds."""
-    path = Path(path)
-    part = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if not isinstance(e, OSError):
-            raise
-        raise UserError(f"{path} could not be written ({e.strerror or e}); what was there is kept. "
-                        "Free some space or choose another place") from None
-
-
-def save_dictionary(path, contents):
-    """torch.save to `path`, all or nothing. Raises UserError."""
-    with write_atomically(path) as part:
-        try:
-            torch.save(contents, part)
-        except RuntimeError:  # what torch makes of a failed write
-            raise OSError(errno.ENOSPC, "is the disk full?") from None
-
-
-def save_checkpoint(path, model, tokenizer, **extras):
-    """Write model, configuration and tokenizer to `path`, all or nothing.
-
-    `extras` (optimizer state, step, prompt style ...) ride along: dictionaries, lists, strings,
-    numbers and tensors only. `class_names` marks a classifier. Raises UserError.
-    """
-    # torch.compile keeps the real model inside its wrapper.
-    model = getattr(model, "_orig_mod", model)
-    kind = "classifier" if "class_names" in extras else "language model"
-    save_dictionary(path, {**extras, "kind": kind, "config": model.cfg,
-                           "model": model.state_dict(), "tokenizer": tokenizer_spec(tokenizer)})
-
-
-def replace_head(model, num_classes):
-    """Put a classification head (C -> num_classes) in out_head's place. Book section 6.5.
-
-    A tied token embedding keeps its matrix: the new head is a layer of its own.
-    """
-    model.cfg = {**model.cfg, "tie_embeddings": False}
-    model.out_head = nn.Linear(model.cfg["emb_dim"], num_classes).to(model.tok_emb.weight.device)
+def autocast(device, dtype):
+    """A context in which matrix products run in `dtype`; parameters stay float32."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
 class _NoInit(torch.overrides.TorchFunctionMode):
@@ -776,61 +726,221 @@ def shapes_only():
         yield
 
 
-def allocate(module, device):
-    """Give a module made in `shapes_only` memory, still without numbers."""
-    # What torch's to_empty does; that one, however, imports a compiler's worth of modules first.
-    module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+# ---------------------------------------------------------------------------------------------
+# Tokenizers. Whichever it is, tiktoken's encoder runs it. A vocabulary is a table from byte strings
+# to ranks; a rank is both the token's ID and its priority, as the merge that gives the lowest rank
+# comes first (tokenizer.py shows how). `<|endoftext|>`, which stands between documents, comes last.
+
+GPT2_SPLIT_PATTERN = (  # how text is cut into chunks before bytes are merged; see tokenizer.py
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
+VOCAB_BPE = Path("data") / "vocab.bpe"
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+VOCAB_BPE_URLS = ["https://openaipublic.blob.core.windows.net/gpt-2/models/124M/vocab.bpe",
+                  "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/124M/vocab.bpe"]
+
+# GPT-2's files show each byte as one visible letter: itself, or one from U+0100 on. The ranks of
+# the single bytes follow the same order.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [*range(33), *range(127, 161), 173]
+BYTE_OF_LETTER = {**{chr(byte): byte for byte in _VISIBLE},
+                  **{chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}}
+
+
+def read_gpt2_ranks(path=None):
+    """GPT-2's 50,256 tokens from `vocab.bpe` (downloaded if not there) -> {bytes: rank}.
+
+    After a line with the version, each line holds a merge: two tokens that become the next one.
+    Raises UserError when the file is another.
+    """
+    path = Path(path or download(VOCAB_BPE_URLS, VOCAB_BPE, VOCAB_BPE_SHA256))
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_OF_LETTER.values())}
+    try:
+        for line in path.read_text(encoding="utf-8").strip().split("\n")[1:]:
+            ranks[bytes(BYTE_OF_LETTER[letter] for letter in line.replace(" ", ""))] = len(ranks)
+    except (ValueError, KeyError):
+        ranks = {}
+    if len(ranks) != 50256:
+        raise UserError(f"{path} is not GPT-2's vocab.bpe; delete it, and it is fetched anew")
+    return ranks
+
+
+def read_rank_file(path):
+    """A file of tiktoken's format, a line `base64-token rank` per token -> {bytes: rank}.
+
+    Raises UserError.
+    """
+    try:
+        lines = Path(path).read_text(encoding="ascii").split("\n")
+        pairs = [line.split() for line in lines if line.strip()]
+        return check_ranks([base64.b64decode(token, validate=True) for token, _ in pairs],
+                           [int(rank) for _, rank in pairs])
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; make it with: python tokenizer.py train TEXT "
+                        f"--out {path}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not a rank file ({e}); make one with: python tokenizer.py "
+                        "train TEXT") from None
+
+
+def check_ranks(tokens, ranks):
+    """-> {bytes: rank}. Raises ValueError unless ranks count up from 0 and every byte has one."""
+    if list(ranks) != list(range(len(tokens))) or len(set(tokens)) < len(tokens):
+        raise ValueError("its ranks do not count up from 0, or a token is there twice")
+    missing = {bytes([byte]) for byte in range(256)} - set(tokens)
+    if missing:
+        raise ValueError(f"the single byte {min(missing)[0]} has no rank")
+    return dict(zip(tokens, ranks))
+
+
+def make_tokenizer(name, ranks, pat_str=GPT2_SPLIT_PATTERN):
+    """{bytes: rank} -> tiktoken.Encoding, with `<|endoftext|>` after the last rank."""
+    return tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(ranks)})
+
+
+def load_tokenizer(spec):
+    """`gpt2`, `bytes`, or the path of a rank file -> tiktoken.Encoding. Raises UserError.
+
+    Every tokenizer has `<|endoftext|>`, as `tokenizer.eot_token`.
+    """
+    if spec == "gpt2":
+        return make_tokenizer(spec, read_gpt2_ranks())
+    if spec == "bytes":
+        return make_tokenizer(spec, {bytes([i]): i for i in range(256)})
+    if not Path(spec).exists() and not str(spec).endswith(".tiktoken"):
+        raise UserError(f"unknown tokenizer {str(spec)!r}; use gpt2, bytes, or the path of a file "
+                        "made by: python tokenizer.py train")
+    ranks = read_rank_file(spec)
+    return make_tokenizer(f"bpe-{len(ranks) + 1}", ranks)
+
+
+def tokenizer_to_spec(tokenizer):
+    """What a checkpoint holds of a tokenizer: a name, or everything needed to rebuild it."""
+    if tokenizer.name in ("gpt2", "bytes"):
+        return tokenizer.name
+    tokens = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
+    return {"pat_str": tokenizer._pat_str,
+            "tokens": [base64.b64encode(token).decode("ascii") for token in tokens]}
+
+
+def tokenizer_from_spec(spec):
+    """The way back. A file may come from anywhere, so a path in it is not followed: ValueError."""
+    if spec in ("gpt2", "bytes"):
+        return load_tokenizer(spec)
+    if not isinstance(spec, dict):
+        raise ValueError("its tokenizer is neither a name nor a table")
+    tokens = [base64.b64decode(token) for token in spec["tokens"]]
+    return make_tokenizer(f"bpe-{len(tokens) + 1}", check_ranks(tokens, range(len(tokens))),
+                          spec["pat_str"])
+
+
+def decode_stream(tokens, tokenizer):
+    """Token IDs one by one -> pieces of text; a character of several tokens comes out whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        if token < tokenizer.n_vocab:
+            yield decoder.decode(tokenizer.decode_bytes([int(token)]))
+    yield decoder.decode(b"", final=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The checkpoint: the only thing that passes from one stage to the next.
+
+@contextlib.contextmanager
+def write_atomically(path):
+    """Yield a temporary path beside `path`; it becomes `path` only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs do not meet in it
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def save_dictionary(path, contents):
+    """torch.save to `path`, all or nothing. Raises OSError."""
+    with write_atomically(path) as part:
+        try:
+            torch.save(contents, part)
+        except RuntimeError:  # what torch makes of a failed write
+            raise OSError(f"{path} could not be written, and what was there is kept; "
+                          "is the disk full?") from None
+
+
+def save_checkpoint(path, model, tokenizer, **extras):
+    """Write model, configuration and tokenizer to `path`, all or nothing.
+
+    `extras` (class names, prompt style ...) ride along: dictionaries, lists, strings, numbers and
+    tensors only. `class_names` marks a classifier. Raises OSError.
+    """
+    kind = "classifier" if "class_names" in extras else "language model"
+    save_dictionary(path, {**extras, "kind": kind, "config": model.cfg,
+                           "model": model.state_dict(), "tokenizer": tokenizer_to_spec(tokenizer)})
+
+
+def replace_head(model, num_classes):
+    """Put a classification head (C -> num_classes) in out_head's place. Book section 6.5.
+
+    A tied token embedding keeps its matrix: the new head is a layer of its own.
+    """
+    model.cfg = {**model.cfg, "tie_embeddings": False}
+    model.out_head = nn.Linear(model.cfg["emb_dim"], num_classes).to(model.tok_emb.weight.device)
 
 
 def load_checkpoint(path, device="cpu", kind="language model"):
     """Read a checkpoint -> (model, tokenizer, everything else in a dictionary).
 
-    The model is in training mode, as torch makes them: call `model.eval()` before `model(ids)`.
-    Raises UserError when the file is not there, cut short, not a checkpoint, of another `kind`
-    ("language model" or "classifier"), or when weights and configuration do not match.
+    The model is in evaluation mode (no dropout). A file from elsewhere is checked whole before
+    anything of it is used. Raises UserError when it is not there, cut short, not a checkpoint of
+    this `kind` ("language model" or "classifier"), or when its parts do not fit each other.
     """
     path = Path(path)
     maker = {"language model": "pretrain.py", "classifier": "finetune_classifier.py"}[kind]
-    make = f"make one with: python {maker}"
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; {make}")
+        raise UserError(f"there is no checkpoint {path}; make one with: python {maker}")
     try:
-        # mmap: the file is read straight into the model, never held twice.
+        # mmap: the model's numbers stay in the file until they are used, and are never held twice.
         saved = torch.load(path, map_location="cpu", weights_only=True,
                            mmap=os.name != "nt")  # Windows cannot replace a file that is mapped
-        found, cfg, weights, spec = (saved[key] for key in ("kind", "config", "model", "tokenizer"))
-    except Exception:  # whatever a foreign or cut file makes torch.load raise
-        raise UserError(f"{path} is not a checkpoint of this project, or was cut short; "
-                        f"{make}") from None
-    if found != kind:
-        raise UserError(f"{path} holds a {found}, but a {kind} is needed; {make}")
-    try:
-        with shapes_only():  # to compare before anything is made
+        cfg, weights = saved["config"], saved.pop("model")
+        if saved["kind"] != kind:
+            raise ValueError(f"it holds a {saved['kind']}, but a {kind} is needed")
+
+        # The sizes first, so that a model of ten million blocks is refused before it is made.
+        sizes = [cfg[name] for name in GPT_CONFIG_124M if name not in ("drop_rate", "qkv_bias")]
+        blocks = {name.split(".")[1] for name in weights if name.startswith("trf_blocks.")}
+        if not all(type(n) is int and n > 0 for n in sizes) or len(blocks) != cfg["n_layers"]:
+            raise ValueError("its configuration does not describe its weights")
+        for name, t in weights.items():
+            if t.dtype != torch.float32 or not t.is_contiguous() or not t.sum().isfinite():
+                raise ValueError(f"{name} has numbers that are not finite, or not float32")
+        tokenizer = tokenizer_from_spec(saved.pop("tokenizer"))
+        if tokenizer.n_vocab > cfg["vocab_size"]:
+            raise ValueError("its tokenizer has more tokens than its model")
+
+        with shapes_only():
             model = GPTModel(cfg)
             if kind == "classifier":
                 replace_head(model, len(saved["class_names"]))
-        expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        actual = {name: tuple(t.shape) for name, t in weights.items()}
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{path} has a configuration that does not describe a model ({e}); "
-                        f"{make}") from None
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            raise UserError(f"{path} does not match its own configuration: {name} should be "
-                            f"{expected.get(name)} but is {actual.get(name)}; {make}")
-    allocate(model, device)
-    model.tie_weights()
-    model.load_state_dict(weights)
-    tokenizer = load_tokenizer(spec)
-    return model, tokenizer, {k: v for k, v in saved.items() if k not in ("model", "tokenizer")}
+        model.load_state_dict(weights, assign=True)
+        return model.to(device).eval(), tokenizer, saved
+    except (UserError, MemoryError):
+        raise
+    except Exception as e:  # whatever a foreign or cut file makes of the lines above
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f"{path} is not a checkpoint of this project, or was cut short ({reason}); "
+                        f"make one with: python {maker}") from None
 
 
 # ---------------------------------------------------------------------------------------------
 # Downloads.
 
 VERDICT = Path("data") / "the-verdict.txt"  # the book's training text, by Edith Wharton (1908)
-VERDICT_ADDRESS = ("https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
-                   "01_main-chapter-code/the-verdict.txt")
+VERDICT_URLS = ["https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
+                "01_main-chapter-code/the-verdict.txt"]
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 
 
@@ -838,580 +948,628 @@ def download(urls, path, sha256=None, timeout=30):
     """Make sure that the file `path` is there; return it as a Path.
 
     A file that is there is used as it is, without the network. Otherwise each address is tried in
-    turn, into `path` + ".part", which a later call resumes; size and SHA-256 (the one given, or
-    the one that Hugging Face's hub announces) are checked before the file gets its name.
-    `timeout` is in seconds without a byte. Raises UserError with each address and its reason.
+    turn, into PATH.part, which a later call goes on with; length and SHA-256 (the one given, or the
+    one that Hugging Face's hub announces) are checked before the file gets its name. `timeout` is
+    in seconds without a byte. Raises UserError with each address and its reason.
     """
-    path, reasons, origin = Path(path), [], None
-    part = path.with_name(path.name + ".part")
+    path, part, reasons = Path(path), Path(f"{path}.part"), []
     if path.exists():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
-        failures = 0
-        while failures < 3:  # in a row, without a byte; then the next address
-            before = part.stat().st_size if part.exists() else 0
-            # Two servers' bytes are mixed only if a checksum can tell whether they match.
-            resume = bool(sha256) or origin in (None, url)
+        before = -1
+        while part_size(part) != before:  # an address that still moves is asked again
+            before = part_size(part)
             try:
-                fetch(url, path, sha256, timeout, resume)
+                fetch(url, part, sha256, timeout)
+                os.replace(part, path)
                 return path
-            except requests.exceptions.RequestException as e:
-                reason, final = explain_failure(e, timeout)
+            except requests.RequestException as e:
+                reason = e
             except ValueError as e:  # what came is not what was announced
-                reason, final = str(e), before == 0 or not resume
-            except OSError as e:
-                raise UserError(f"{path} could not be written ({e.strerror})") from None
-            if final:
-                break
-            after = part.stat().st_size if part.exists() else 0
-            failures = 0 if after > before else failures + 1
-            origin = url if after != before else origin
-            time.sleep(min(failures, timeout / 10))
+                reason = e
+                part.unlink(missing_ok=True)
         reasons.append(f"  {url}: {reason}")
+        if sha256 is None:  # without it, nobody could tell that two servers' bytes were mixed
+            part.unlink(missing_ok=True)
     raise UserError(f"{path.name} could not be downloaded; put it at {path} by hand, or try again "
                     "when there is a network:\n" + "\n".join(reasons))
 
 
-def explain_failure(error, timeout):
-    """What requests raised -> (the reason in words, whether trying again is pointless)."""
-    if isinstance(error, requests.exceptions.HTTPError):
-        status = error.response.status_code
-        return f"{status} {error.response.reason}", status < 500
-    if isinstance(error, requests.exceptions.Timeout) or "timed out" in str(error):
-        return (f"no answer within {timeout} s",
-                isinstance(error, requests.exceptions.ConnectTimeout))
-    if "Max retries" in str(error):
-        return "no connection", True
-    return "the connection broke off", False
+def part_size(part):
+    """The bytes of a partial file, 0 without one."""
+    return part.stat().st_size if part.exists() else 0
 
 
-def fetch(url, path, sha256, timeout, resume):
-    """One attempt of `download`. Raises what requests raises, or ValueError for wrong content."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if resume and part.exists() else 0
+def fetch(url, part, sha256, timeout):
+    """One attempt of `download`. Raises requests' exceptions, or ValueError for wrong content."""
+    have = part_size(part)
     headers = {"Accept-Encoding": "identity"}  # so that lengths count the file's own bytes
     if have:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-        status, length = response.status_code, response.headers.get("Content-Length")
-        if status in (206, 416):  # the rest of the file; or there is no rest
-            span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)",
-                                response.headers.get("Content-Range", ""))
-            if not have or not span or int(span[1] or span[2]) != have:
-                part.unlink(missing_ok=True)
-                raise ValueError("the server did not go on where it was asked to")
-            length = span[2]
-        else:  # the whole file, whatever was asked
-            response.raise_for_status()
-            have = 0
-        if status not in (200, 206, 416):
-            raise ValueError(f"{status} {response.reason} instead of the file")
-        if status != 416 and response.headers.get("Content-Type", "").startswith("text/html"):
+        if response.status_code == 416:  # there is no such rest
+            raise ValueError("the part that was there is not of this file")
+        response.raise_for_status()
+        if response.status_code != 206:
+            have = 0  # the whole file comes, whatever was asked
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ValueError("the server did not go on where it was asked to")
+        if response.headers.get("Content-Type", "").startswith("text/html"):
             raise ValueError("a web page came instead of the file")
-        sha256 = sha256 or announced_sha256(response)
-        if not (length or sha256 or "chunked" in response.headers.get("Transfer-Encoding", "")):
-            raise ValueError("the server does not say how long the file is")
-        if status != 416:
-            have = receive(response, part, have, length and int(length))
-    if length and have < int(length):
-        raise requests.exceptions.ConnectionError(f"{have} of {length} bytes came")
-    digest = hashlib.sha256()
-    with open(part, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if (sha256 and digest.hexdigest() != sha256.lower()) or (length and have > int(length)):
-        part.unlink()
-        raise ValueError(f"wrong content: {have} bytes with the SHA-256 {digest.hexdigest()}, "
-                         f"expected {length or have} bytes with {sha256 or 'any'}")
-    os.replace(part, path)
+        for answer in [*response.history, response]:  # the hub announces it before it redirects
+            found = re.fullmatch('"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-Etag", ""))
+            sha256 = sha256 or (found and found[1])
 
-
-def receive(response, part, have, total):
-    """Append what comes to `part`, which has `have` bytes; return how many it has then."""
-    progress = Progress(total, "B")
-    progress.update(have)
-    try:
+        # Small reads: when the connection breaks off, what a read has not returned is lost.
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        progress = Progress(total and total / 1e6, "MB")
         with open(part, "ab" if have else "wb") as file:
-            # Small reads: when the connection breaks off, what a read has not returned is lost.
-            while block := response.raw.read(1 << 14, decode_content=False):
+            for block in response.iter_content(1 << 14):
                 have += file.write(block)
-                progress.update(have, f"downloading {part.stem}")
-    except requests.packages.urllib3.exceptions.HTTPError as e:
-        raise requests.exceptions.ConnectionError(e) from None
-    finally:
+                progress.update(have / 1e6, f"downloading {part.stem}")
         progress.close()
-    return have
 
-
-def announced_sha256(response):
-    """The SHA-256 that the hub announces in a header, before it redirects; or None."""
-    for header in ("X-Linked-Etag", "ETag"):
-        for answer in [*response.history, response]:
-            if found := re.fullmatch('(?:W/)?"?([0-9a-f]{64})"?', answer.headers.get(header, "")):
-                return found[1]
+    if total and have < total:
+        raise requests.ConnectionError(f"{have} of {total} bytes came")
+    with open(part, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 not in (None, digest) or not have:
+        raise ValueError(f"wrong content: {have} bytes with the SHA-256 {digest}")
 
 
 # ---------------------------------------------------------------------------------------------
-# What every script needs: the device, the options, errors in a sentence, progress, metrics. There
-# is nothing about language models from here to the walk.
-
-def pick_device(name="auto"):
-    """`auto` (cuda if there, else cpu), `cpu`, `cuda`, `cuda:1` or `mps` -> torch.device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"the device {name!r} is not available here; use --device auto") from None
-    return device
-
-
-def pick_dtype(name="auto", device="cpu"):
-    """The type that matrix products are computed in: torch.float32 or torch.bfloat16.
-
-    `auto` takes bfloat16 where it is really faster. A GPU tells; many CPUs only emulate it, so
-    there a product is timed in both types (a few milliseconds).
-    """
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    device = torch.device(device)
-    if device.type == "cuda":  # compute capability 8.0 (Ampere) and later
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    if device.type != "cpu":
-        return torch.float32
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(256, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
-        for _ in range(6):
-            start = time.perf_counter()
-            a @ b
-            times[dtype] = min(times.get(dtype, math.inf), time.perf_counter() - start)
-    faster = times[torch.bfloat16] < 0.75 * times[torch.float32]
-    return torch.bfloat16 if faster else torch.float32
-
-
-def autocast(device, dtype):
-    """A context in which matrix products run in `dtype`; parameters stay float32."""
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-
+# Options, errors and text on the terminal.
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with defaults in the help and wrong usage as one sentence, status 2."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
+        super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         """Print the sentence and leave."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
 
 
-def positive_int(text):
-    """An argparse type: a whole number from 1."""
-    if not re.fullmatch("[0-9]{1,12}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def argument(kind, what, fits):
+    """An argparse type: `kind` (int, float or Path) of the text, if it `fits`."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+    return convert
 
 
-def positive_float(text):
-    """An argparse type: a finite number above 0."""
-    if non_negative_float(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return float(text)
-
-
-def non_negative_float(text):
-    """An argparse type: a finite number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return value
-
-
-def seed_number(text):
-    """An argparse type: a whole number from 0 that every generator of random numbers takes."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at most 9 digits")
-    return int(text)
+positive_int = argument(int, "a whole number above 0", lambda n: 0 < n < 10**12)
+positive_float = argument(float, "a number above 0", lambda x: 0 < x < math.inf)
+non_negative_float = argument(float, "a number of 0 or more", lambda x: 0 <= x < math.inf)
+probability = argument(float, "between 0 and 1", lambda x: 0 < x <= 1)
+seed_number = argument(int, "a whole number of at most 9 digits", lambda n: 0 <= n < 10**9)
+checkpoint_file = argument(Path, "a name that ends in .pt", lambda path: path.suffix == ".pt")
 
 
 def add_common_arguments(parser):
     """The options that mean the same in every script: --seed, --device, --dtype."""
-    parser.add_argument("--seed", type=seed_number, default=123,
-                        help="the same seed, the same result")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="number type of matrix products; auto takes the faster")
+    arg = parser.add_argument
+    arg("--seed", type=seed_number, default=123, help="the same seed, the same result")
+    arg("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    arg("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+        help="number type of matrix products; auto takes the faster")
 
 
-def add_training_arguments(parser, out, epochs, batch_size, lr, eval_every, grad_accum=1):
+def add_training_arguments(parser, out, **defaults):
     """The options of every training run, with this script's defaults."""
     arg = parser.add_argument
-    arg("--out", type=Path, default=Path(out), help="checkpoint to write; metrics go beside it")
-    arg("--resume", action="store_true", help="go on from --out if it is there")
-    arg("--epochs", type=positive_int, default=epochs, help="passes over the training data")
+    arg("--out", type=checkpoint_file, default=Path("checkpoints") / out,
+        help="checkpoint to write; metrics go beside it")
+    arg("--resume", action="store_true", help="go on with an interrupted run of this command")
+    arg("--epochs", type=positive_int, help="passes over the training data")
     arg("--max-steps", type=positive_int, help="stop after this many optimizer steps")
-    arg("--batch-size", type=positive_int, default=batch_size, help="rows in a batch")
-    arg("--grad-accum", type=positive_int, default=grad_accum, help="batches per optimizer step")
-    arg("--lr", type=positive_float, default=lr, help="(peak) learning rate")
-    arg("--eval-every", type=positive_int, default=eval_every, help="steps between evaluations")
+    arg("--batch-size", type=positive_int, help="rows in a batch")
+    arg("--grad-accum", type=positive_int, default=1, help="batches per optimizer step")
+    arg("--lr", type=positive_float, help="(peak) learning rate")
+    arg("--eval-every", type=positive_int, help="steps between evaluations")
     add_common_arguments(parser)
+    parser.set_defaults(**defaults)
 
 
 def run_main(main):
-    """Run a script's main(): a UserError is a sentence and status 1, Ctrl-C is 130."""
+    """Run a script's main(): what the user can mend is a sentence and status 1, Ctrl-C is 130."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
+    status, message = 0, ""
     try:
-        status = main()
+        main()
         sys.stdout.flush()
-    except UserError as e:
-        status = f"{Path(sys.argv[0]).name}: {e}"
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        status = 130
+        status, message = 130, "stopped"
     except BrokenPipeError:  # the reader of our output, `head` say, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    except PermissionError as e:
-        status = f"{Path(sys.argv[0]).name}: {e.filename} may not be opened; check who owns it"
+    except (UserError, OSError) as e:
+        status, message = 1, str(e)
     except (RuntimeError, MemoryError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(e):
             raise
-        status = (f"{Path(sys.argv[0]).name}: out of memory; choose a smaller model or, where "
-                  "there is --batch-size, a smaller batch")
+        status, message = 1, "out of memory; choose a smaller model or a smaller batch"
+    if message:
+        print(printable(f"{Path(sys.argv[0]).name}: {message}"), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk behind it, or nobody: Python would try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
-def keep_freed_memory(largest):
-    """Tell the C library to keep freed memory for reuse; blocks above `largest` bytes go back.
-
-    Otherwise every training step returns its memory to the system and asks for it again, page by
-    page: a fifth of the time at 124M on two cores. Does nothing where the library is not glibc.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, largest)   # M_MMAP_THRESHOLD: blocks up to this size are kept ...
-        mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD: ... up to a gigabyte of them
-
-
-def find_start(init, candidates):
-    """The checkpoint to start from: `init` or the first candidate that is there, else UserError."""
-    found = init or next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise UserError("there is no language model to start from; make one with: python "
-                        "load_gpt2.py (GPT-2, a download) or with: python pretrain.py (two "
-                        "minutes, nothing to download)")
-    return found
-
-
-def beside(out, ending):
-    """checkpoints/mine.pt and ".csv" -> checkpoints/mine.csv; a name without .pt only grows."""
-    return out.with_suffix(ending) if out.suffix == ".pt" else out.with_name(out.name + ending)
-
-
-def best_path(out):
-    """checkpoints/pretrained.pt -> checkpoints/pretrained-best.pt"""
-    return out.with_name(out.stem + "-best" + out.suffix)
-
-
-def check_output(path):
-    """Find out before the work, not after, that `path` can be written. Raises UserError."""
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "it is a folder or a device, not a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(path.name + ".tmp")
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror}); choose another place with "
-                        "--out") from None
-
-
-def read_text_pieces(path, size=1 << 22):
-    """Yield a UTF-8 file as pieces of about `size` bytes, so that its length does not matter.
-
-    A piece ends before a white space that follows something else: there GPT-2's pattern always
-    splits, so tokens come out as from the whole text. Raises UserError: missing, empty, not text.
-    """
-    path, decoder, rest = Path(path), codecs.getincrementaldecoder("utf-8")(), ""
-    try:
-        with open(path, "rb") as file:
-            position = 0
-            while block := file.read(size):
-                new = len(rest)
-                rest += decoder.decode(block)
-                if "\0" in rest[new:]:
-                    raise UserError(f"{path} is not a text file; give plain UTF-8 text")
-                position += len(block)
-                for cut in range(len(rest) - 1, max(new, 1) - 1, -1):
-                    if rest[cut] in " \t\r\n" and not rest[cut - 1].isspace():
-                        yield rest[:cut]
-                        rest = rest[cut:]
-                        break
-            rest += decoder.decode(b"", final=True)
-    except UnicodeDecodeError as e:
-        with open(path, "rb") as file:
-            guess = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        raise UserError(f"{path} is not UTF-8 text (near byte {position + e.start}); convert it "
-                        f"with: iconv -f {guess} -t utf-8 {path}") from None
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); check the path") from None
-    if position == 0:
-        raise UserError(f"{path} is empty; give a file with text in it")
-    if rest:
-        yield rest
-
-
 def printable(text):
-    """Text as a terminal may show it: without control characters, which could steer it."""
-    def harmless(c):  # also wide and unbreakable spaces, and what joins emoji
-        return c.isprintable() or c in "\n\t\u200d" or (c.isspace() and c > "\x9f")
-
-    return "".join(c if harmless(c) else "\N{REPLACEMENT CHARACTER}" for c in text if c != "\r")
+    """Text as a terminal may show it: without what could steer it, such as escapes."""
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+                  "\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
 
 
-def human(number):
-    """1234567 -> '1.2 M'."""
-    for unit in ("", "k", "M", "G"):
-        if abs(number) < 1000 or unit == "G":
-            return f"{number:.{0 if not unit else 1}f} {unit}".rstrip()
-        number /= 1000
+def say(text=""):
+    """Print what may hold names of files or texts from data, at once."""
+    print(printable(text), flush=True)
+
+
+def shades(fine, plain):
+    """`fine` characters, or `plain` ones where standard output cannot show those."""
+    try:
+        fine.encode(sys.stdout.encoding or "ascii")
+        return fine
+    except UnicodeEncodeError:
+        return plain
 
 
 class Progress:
     """How far a long job is: on a terminal one line that rewrites itself, else one now and then.
 
-    `total` in `unit`s, None if unknown. Shows text, share done, units per second, time left.
+    `total` in `unit`s, None if unknown. Shows text, units per second, share done, time left.
     """
 
     def __init__(self, total, unit):
-        self.total, self.unit, self.first, self.shown = total, unit, None, 0.0
-        self.terminal = sys.stdout.isatty()
-        self.start = self.last = time.monotonic()
+        self.total, self.unit, self.first, self.shown = total, unit, None, 0
+        self.last = time.monotonic()
 
-    def update(self, done, text=""):
+    def update(self, done, text):
         """Say that `done` units are done (counted from 0, also when resuming)."""
-        now = time.monotonic()
+        now, terminal = time.monotonic(), sys.stdout.isatty()
         if self.first is None:  # the time starts here: what came before was preparation
             self.first, self.start = done, now
-        if now - self.last < (0.1 if self.terminal else 10.0):
+        if now - self.last < (0.1 if terminal else 10.0):
             return
         self.last = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
-        line = f"{text} | {human(rate)}{'' if human(rate)[-1:].isalpha() else ' '}{self.unit}/s"
+        line = f"{text} | {rate:,.1f} {self.unit}/s"
         if self.total and rate > 0:
             left = int((self.total - done) / rate)
             line += f" | {100 * done / self.total:.0f} % | {left // 60}:{left % 60:02d} left"
-        if self.terminal:
-            width = shutil.get_terminal_size().columns - 1
-            print("\r" + line[:width].ljust(width), end="", flush=True)
-            self.shown = width
-        else:
-            print(line, flush=True)
+        if not terminal:
+            return say(line)
+        self.shown = shutil.get_terminal_size().columns - 1
+        print("\r" + printable(line)[:self.shown].ljust(self.shown), end="", flush=True)
 
     def close(self):
         """Wipe the line, so that what follows stands on a clean one."""
         if self.shown:
-            print("\r" + " " * self.shown + "\r", end="", flush=True)
-            self.shown = 0
+            print("\r" + " " * self.shown, end="\r", flush=True)
 
 
-class CtrlC:
-    """`with CtrlC() as stop:` lets a loop finish its step after Ctrl-C: ask `stop.pressed`.
+def read_text_pieces(path, size=1 << 22):
+    """Yield a UTF-8 file as pieces of about `size` characters, so that its length does not matter.
 
-    A second Ctrl-C, a second or more later, interrupts at once.
+    A piece ends before a white space that follows something else, where GPT-2's pattern always
+    splits, so tokens come out as from the whole text (a piece without white space is cut where it
+    ends). Raises UserError for what is empty or not text, OSError.
     """
-
-    def __enter__(self):
-        self.pressed = 0.0  # when
-        self.previous = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def _press(self, *_):
-        # torchrun passes on the Ctrl-C that its processes have seen already: that is not a second.
-        if self.pressed and time.monotonic() - self.pressed > 1:
-            raise KeyboardInterrupt
-        self.pressed = self.pressed or time.monotonic()
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous)
-
-
-class Metrics:
-    """The numbers of a training run, a row per evaluation, in a CSV file beside the checkpoint.
-
-    Losses are in nats (natural logarithms) per token.
-    """
-
-    def __init__(self, out, resume_step=0):
-        self.path, self.rows = beside(Path(out), ".csv"), []
-        if resume_step and self.path.exists():  # keep the rows up to the checkpoint
-            with open(self.path, newline="", encoding="utf-8") as file:
-                self.rows = [r for r in csv.DictReader(file) if int(r["step"]) <= resume_step]
-
-    def add(self, **row):
-        """Add a row, with its `step`, and write the file."""
-        self.rows.append(row)
-        with write_atomically(self.path) as part:
-            with open(part, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=list(row))
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-    def plot(self, per="token"):
-        """Draw train_loss and val_loss over steps as PNG, if matplotlib is there; say so."""
-        path = self.path.with_name(self.path.name.removesuffix(".csv") + ".png")
-        try:
-            import matplotlib
-        except ImportError:
-            print(f"no plot of {self.path}: pip install matplotlib draws one")
-            return
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-        figure, axes = plt.subplots(figsize=(6, 4))
-        for name in ("train_loss", "val_loss"):
-            axes.plot([int(r["step"]) for r in self.rows], [float(r[name]) for r in self.rows],
-                      label=name)
-        axes.set(xlabel="step", ylabel=f"loss (nats per {per})")
-        axes.legend()
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-        plt.close(figure)
-        print(f"plot     {path}")
-
-
-def random_state():
-    """The state of torch's random numbers, for a checkpoint."""
-    return {"cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_random_state(state):
-    """Go on with the random numbers of `random_state()`."""
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    rest = ""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while block := file.read(size):
+                rest += block
+                if "\0" in block:
+                    raise UserError(f"{path} is not a text file; give plain UTF-8 text")
+                found = re.match(r".*\S(?=[ \t\r\n])", rest, re.DOTALL)
+                cut = found.end() if found else len(rest) - 1
+                if cut:
+                    yield rest[:cut]
+                    rest = rest[cut:]
+    except UnicodeDecodeError:
+        with open(path, "rb") as file:
+            guess = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        raise UserError(f"{path} is not UTF-8 text; convert it with: iconv -f {guess} -t utf-8 "
+                        f"{path}") from None
+    if not rest:  # what was read always leaves a character
+        raise UserError(f"{path} is empty; give a file with text in it")
+    yield rest
 
 
 # ---------------------------------------------------------------------------------------------
-# python gpt.py: the walk, or text from a checkpoint.
+# What surrounds a training loop, the same in every stage.
 
-def decode_stream(tokens, tokenizer):
-    """Token IDs one by one -> pieces of text; a character of several tokens comes out whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
-    yield decoder.decode(b"", final=True)
+def find_start(init, names, stage):
+    """The checkpoint to start from: `init`, or the first of `names` in checkpoints/. UserError."""
+    found = [path for path in map(Path("checkpoints").joinpath, names) if path.is_file()]
+    if not init and not found:
+        raise UserError(f"{stage} There is no language model to start from; make one first with: "
+                        "python pretrain.py (two minutes, nothing to download) or with: python "
+                        "load_gpt2.py (GPT-2, a download)")
+    return init or found[0]
 
 
-def walk():
-    """Show GPT-2's configuration, its parameters, and the shape of the data after each step."""
-    cfg = {**GPT_CONFIG_124M, "tie_embeddings": True, "qkv_bias": True}
-    with shapes_only():
-        model = GPTModel(cfg)
-    print("A GPT reads tokens (pieces of words) and scores every token that could come next.\n\n"
-          "The configuration of GPT-2, the smallest of its four sizes")
-    for key, value in cfg.items():
-        print(f"  {key:16s} {value}")
+def scale_lr(lr, model):
+    """A learning rate for GPT-2's width, 768 -> one for this model; narrow ones want more."""
+    return lr * max(1.0, 768 / model.cfg["emb_dim"]) ** 2
 
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
 
-    block, L = model.trf_blocks[0], cfg["n_layers"]
-    parts = [("tok_emb: one vector per token", count(model.tok_emb)),
-             ("pos_emb: one vector per position", count(model.pos_emb)),
-             (f"attention, {L} times {count(block.att):,}", L * count(block.att)),
-             (f"feed-forward, {L} times {count(block.ff):,}", L * count(block.ff)),
-             ("layer norms", L * 2 * count(block.norm1) + count(model.final_norm)),
-             ("out_head: the same matrix as tok_emb", 0)]
-    total = count(model)
-    print("\nIts parameters, by part")
-    for name, number in [*parts, ("together", total)]:
-        print(f"  {name:40s} {number:>12,} {100 * number / total:5.1f} %")
-    print(f"  memory: {total * 4 / 1e6:.0f} MB to use it in float32, {total * 16 / 1e6:.0f} MB to "
-          "train it\n  (weights, gradients and AdamW's two averages)")
+def beside(out, ending):
+    """checkpoints/mine.pt and "-resume.pt" -> checkpoints/mine-resume.pt"""
+    return out.with_name(out.stem + ending)
 
-    ids = torch.tensor([[6109, 3626, 6100, 345]], device="meta")
-    positions = torch.arange(4, device="meta")
-    att, steps = block.att, []
 
-    def show(what, t, note):
-        steps.append(f"  {what:28s} {str(tuple(t.shape)):16s} {note}")
-        return t
+def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
+    """Find out before the work, not after, that --out can be written and nothing is lost by it.
 
-    show("token IDs", ids, "(B, T): 6109 3626 6100 345, 'Every effort moves you'")
-    x = show("tok_emb + pos_emb", model.tok_emb(ids) + model.pos_emb(positions),
-             "(B, T, C)")
-    y = show("norm1", block.norm1(x), "mean 0, variance 1 in each token")
-    q = show("W_query, and W_key, W_value", att.W_query(y), "one query, key, value per token")
-    # Keys and values have the queries' shape, and a softmax changes none: q stands for all.
-    q = show("split into heads", q.view(1, 4, att.num_heads, -1).transpose(1, 2), "(B, H, T, D)")
-    w = show("queries x keys, softmax", q @ q.transpose(2, 3), "(B, H, T, T): who looks at whom")
-    y = show("weights x values", w @ q, "(B, H, T, D): what they find there")
-    y = show("join heads, out_proj", att.out_proj(y.transpose(1, 2).reshape(1, 4, -1)), "(B, T, C)")
-    x = show("add to the shortcut", x + y, "what a token is + what it found")
-    y = show("norm2, ff.layers[0], GELU", block.ff.layers[:2](block.norm2(x)), "(B, T, 4 C)")
-    x = show("ff.layers[2], add", x + block.ff.layers[2](y), f"that is one block; {L - 1} more")
-    x = show("final_norm", model.final_norm(x), "(B, T, C)")
-    show("out_head: logits", model.out_head(x), "(B, T, V): scores for every next token")
-    print("\nOne short sentence on its way through, and the shape after each step\n"
-          + "\n".join(steps))
-    print("\nThe last row of logits chooses the fifth token; append it and repeat: that is "
-          "generation.\nNext: `python pretrain.py` trains a small GPT here, in about two minutes.")
+    Raises OSError, or UserError when --out, or a file that goes beside it, is one of the `inputs`,
+    or when --out is there and not ours. With --resume, a complete run says so and that is all.
+    """
+    out, given = args.out, {Path(path).resolve() for path in inputs if path}
+    for path in [out, *(beside(out, ending) for ending in endings)]:
+        if path.resolve() in given:
+            raise UserError(f"{path} is read by this command and would be overwritten; choose "
+                            "another --out")
+    if out.exists():
+        try:
+            torch.load(out, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
+        except Exception:  # whatever a foreign file makes torch.load raise
+            raise UserError(f"{out} is there and is no checkpoint of this project; choose another "
+                            "--out, or move it away") from None
+        if args.resume and not beside(out, "-resume.pt").exists():
+            say(f"{out} is complete: there is nothing to go on with")
+            sys.exit()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()
+
+
+def process_number():
+    """(number of this process, how many there are): (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(numbers, device="cpu"):
+    """A list of numbers -> the list of their sums over all processes of torchrun."""
+    if not dist.is_initialized():
+        return numbers
+    numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def fingerprint(*parts):
+    """Texts, numbers and lists -> a short hash, to know them by when a run is resumed."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def fingerprint_model(model):
+    """A hash to know a model's weights by; every 1009th number is enough."""
+    return fingerprint(*(p.detach().flatten()[::1009].tolist() for p in model.parameters()))
+
+
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """Yield a list that grows with each Ctrl-C, so that a loop can finish its step first.
+
+    The third one interrupts at once; torchrun passes on the first, which its processes saw already.
+    """
+    presses = []
+
+    def press(*_):
+        presses.append(1)
+        if len(presses) > 2:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, press)
+    try:
+        yield presses
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class TrainingRun:
+    """What surrounds a training loop: seeds, evaluations, checkpoints, metrics, Ctrl-C, --resume.
+
+    --out gets the model that was best on the validation data, OUT-resume.pt the newest state (until
+    the run is complete), OUT.csv and OUT.png the metrics. A run that is interrupted, or killed at
+    any moment, and resumed ends with the very weights of one that never was, as the random numbers
+    of a step follow from seed and step. `settings` identifies what the command line only names,
+    such as data. The loop: `for step in run.steps(evaluate): ...; run.record(loss, num_tokens)`.
+    """
+
+    def __init__(self, args, model, tokenizer, optimizers, per_epoch, settings, **extras):
+        self.args, self.model, self.optimizers, self.per_epoch = args, model, optimizers, per_epoch
+        self.save_best = lambda: save_checkpoint(args.out, plain_model(model), tokenizer, **extras)
+        self.total_steps = min((args.epochs or math.inf) * per_epoch, args.max_steps or math.inf)
+        self.settings = {name: str(value) for name, value in {**vars(args), **settings}.items()
+                         if name not in ("out", "resume", "device")}
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.tokens = self.seconds = 0
+
+        # What changes as it runs; `losses` are those since the last evaluation.
+        self.state = {"step": 0, "losses": [], "rows": [], "best": [0, -math.inf]}
+        self.resume_file = beside(args.out, "-resume.pt")
+        if args.resume and self.resume_file.exists():
+            self.load_state()
+
+    def steps(self, evaluate):
+        """Yield the number of each step that is to be done; evaluate and save in between."""
+        state, progress = self.state, Progress(self.total_steps, "steps")
+        if state["step"] == 0:
+            self.evaluate(evaluate)
+        with ctrl_c_waits() as presses:
+            while state["step"] < self.total_steps:
+                torch.manual_seed(hash((self.args.seed, state["step"], process_number()[0])))
+                self.model.train()
+                start = time.monotonic()
+                yield state["step"]
+                self.seconds += time.monotonic() - start
+                state["step"] += 1
+                progress.update(state["step"], f"step {state['step']} | loss "
+                                f"{state['losses'][-1]:.3f} | {self.speed()}")
+
+                # Evaluate when it is due; save then, and after Ctrl-C.
+                due = state["step"] % self.args.eval_every == 0
+                [pressed] = sum_over_processes([len(presses)], self.model.tok_emb.weight.device)
+                if due or pressed or state["step"] == self.total_steps:
+                    progress.close()
+                    if due or state["step"] == self.total_steps:
+                        self.evaluate(evaluate)
+                    self.save_state()
+                if pressed:
+                    say(f"step {state['step']} is saved; go on with the same command and --resume")
+                    raise KeyboardInterrupt
+
+    def rows_of_step(self, step, num_rows):
+        """The numbers of a step's rows: each epoch is a new shuffle, known from the seed."""
+        epoch, k = divmod(step, self.per_epoch)
+        per_step = self.args.batch_size * self.args.grad_accum
+        return shuffle(self.args.seed, epoch, num_rows)[k * per_step:(k + 1) * per_step]
+
+    def record(self, loss, tokens):
+        """The loop says in each step: its share of the mean loss, in nats, and of the tokens."""
+        loss, tokens = sum_over_processes([float(loss), tokens], self.model.tok_emb.weight.device)
+        self.state["losses"].append(self.finite(loss))
+        self.tokens += tokens
+
+    def finite(self, loss):
+        """The loss itself. Raises UserError when training has gone astray."""
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.state['step'] + 1}; what was saved "
+                            f"is kept. Start anew with a lower --lr than {self.args.lr:g}")
+        return loss
+
+    def speed(self):
+        """How many tokens per second the steps have read."""
+        return f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+
+    def evaluate(self, evaluate):
+        """Add a row to the metrics and print it; save the model if it is the best so far."""
+        state, losses = self.state, self.state["losses"]
+        self.model.eval()
+        row = {"step": state["step"], "epoch": state["step"] / self.per_epoch,
+               "train_loss": sum(losses) / len(losses) if losses else None, **evaluate()}
+        sample = row.pop("sample", None)
+        self.finite(row["val_loss"])
+        say(" | ".join(f"{name.replace('_', ' ')} {value:.{0 if name == 'step' else 3}f}"
+                       for name, value in row.items() if value is not None))
+        if sample:
+            say(f"    {sample}")
+        state["rows"].append(row)
+        state["losses"] = []
+
+        # Best is the highest accuracy, where there is one, then the lowest loss.
+        merit = [row.get("val_accuracy", 0), -row["val_loss"]]
+        if state["step"] and merit > state["best"]:
+            state["best"] = merit
+            if process_number()[0] == 0:
+                self.save_best()
+
+    def save_state(self):
+        """Write the metrics, then all that a resumed run needs."""
+        if process_number()[0] == 0:
+            write_metrics(self.state["rows"], self.args.out)
+            save_dictionary(self.resume_file, {
+                "state": self.state, "settings": self.settings,
+                "weights": {name: p.detach() for name, p in self.trained.items()},
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
+
+    def load_state(self):
+        """Go on where OUT-resume.pt stands. Raises UserError when it is of another run."""
+        saved = torch.load(self.resume_file, map_location="cpu", weights_only=True)
+        for name, value in self.settings.items():
+            if saved["settings"].get(name) != value:
+                raise UserError(f"{self.resume_file} is of a run with another --"
+                                f"{name.replace('_', '-')}; repeat its command, or start anew "
+                                "without --resume")
+        self.state = saved["state"]
+        for name, p in self.trained.items():
+            p.data.copy_(saved["weights"][name])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        say(f"resumed  after step {self.state['step']:,}")
+
+    def finish(self):
+        """Say how it went, with the validation loss as a line, and drop the state: all is done."""
+        losses = [row["val_loss"] for row in self.state["rows"]]
+        marks = shades("▁▂▃▄▅▆▇█", ".:-=+*#@")
+        span = max(losses) - min(losses) or 1.0
+        curve = "".join(marks[int((x - min(losses)) / span * (len(marks) - 1))] for x in losses)
+        say(f"val loss {curve} from {losses[0]:.3f} to {losses[-1]:.3f}, lowest {min(losses):.3f}")
+        say(f"time     {self.seconds:,.0f} s for {self.tokens:,.0f} tokens: {self.speed()}")
+        say(f"saved    {self.args.out} (the best on the validation data), "
+            f"{beside(self.args.out, '.csv').name}")
+        if process_number()[0] == 0:
+            self.resume_file.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=1)
+def shuffle(seed, epoch, num_rows):
+    """The row numbers of an epoch in a random order."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def plain_model(model):
+    """The model as any stage can read it: with LoRA, a copy with the corrections merged."""
+    if any(isinstance(module, LinearWithLoRA) for module in model.modules()):
+        return merge_lora(copy.deepcopy(model))
+    return model
+
+
+def write_metrics(rows, out):
+    """Write OUT.csv and, if matplotlib is installed, OUT.png with the losses over the steps."""
+    with write_atomically(beside(out, ".csv")) as part:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    with contextlib.suppress(ImportError):
+        from matplotlib.figure import Figure
+        axes = Figure().subplots()
+        for name in ("train_loss", "val_loss"):
+            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+        axes.set(xlabel="step", ylabel="loss (nats)")
+        axes.legend()
+        axes.figure.savefig(beside(out, ".png"), dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------
+# python gpt.py --explain: looking inside.
+
+@torch.no_grad()
+def attention_weights(model, idx, layer):
+    """Who looks at whom: (1, T) token IDs -> (H, T, T), in each head a row per query.
+
+    `MultiHeadAttention` computes the same weights but never shows them.
+    """
+    T = idx.shape[1]
+    x = model.tok_emb(idx) + model.pos_emb(torch.arange(T, device=idx.device))
+    block = model.trf_blocks[layer]
+    x = block.norm1(model.trf_blocks[:layer](x))
+    queries = block.att.split_heads(block.att.W_query(x))[0]              # (H, T, D)
+    keys = block.att.split_heads(block.att.W_key(x))[0]
+    attn_scores = queries @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+    future = torch.ones(T, T, device=idx.device).triu(diagonal=1).bool()
+    return torch.softmax(attn_scores.masked_fill(future, -torch.inf), dim=-1)
+
+
+def explain(model, tokenizer, idx, layer, head, top_k, top_p):
+    """Print a prompt's tokens, the likeliest next ones, and who looks at whom."""
+    def show(token):
+        return repr(token_ids_to_text(torch.tensor([token]), tokenizer))
+
+    tokens = idx[0].tolist()
+    say(f"{len(tokens)} tokens, each with its ID")
+    say("  " + " ".join(f"{show(token)} {token}" for token in tokens))
+
+    # The same scores at three temperatures, and which tokens the other two choices would keep.
+    with torch.no_grad():
+        logits = model(idx)[:, -1]
+    probs = [next_token_probs(logits, temperature)[0] for temperature in (0.5, 1.0, 1.5)]
+    kept = {"k": next_token_probs(logits, top_k=top_k)[0],
+            "p": next_token_probs(logits, top_p=top_p)[0]}
+    say("\nThe likeliest next tokens: a low temperature favours the first of them.")
+    say(f"At temperature 1, top-k {top_k} would keep those marked k, top-p {top_p:g} those marked p.")
+    say(" " * 16 + "temperature 0.5  temperature 1    temperature 1.5")
+    for token in logits[0].topk(min(8, logits.shape[-1])).indices.tolist():
+        bars = [shades("█", "#") * round(8 * float(p[token])) for p in probs]
+        columns = [f"{bar:8s} {float(p[token]):6.1%} " for bar, p in zip(bars, probs)]
+        marks = " ".join(name for name, p in kept.items() if p[token] > 0)
+        say(f"  {show(token):14.14s}" + " ".join(columns) + " " + marks)
+
+    # A row per token, its weights as shades: the darkest is the row's largest.
+    weights = attention_weights(model, idx, layer)
+    weights = weights.mean(dim=0) if head is None else weights[head]
+    which = f"mean of {model.cfg['n_heads']} heads" if head is None else f"head {head}"
+    marks = shades(" ░▒▓█", " .:=#")
+    first = max(0, len(tokens) - 30)
+    say(f"\nWho looks at whom: layer {layer}, {which}. A row shows what its token looks at")
+    say(" " * 18 + "".join(f"{i % 100:2d}" for i in range(first, len(tokens))))
+    for i in range(first, len(tokens)):
+        row = weights[i, first:i + 1]
+        shaded = "".join(2 * marks[round(4 * float(weight / row.max()))] for weight in row)
+        say(f"  {i:3d} {show(tokens[i]):12.12s}{shaded}")
+
+
+def print_stream(stream, tokenizer, presses=()):
+    """Print the tokens of `generate_stream` as text while they come, up to the end of text.
+
+    A Ctrl-C in `presses` ends it too. Returns the list of tokens.
+    """
+    tokens = []
+
+    def until_end():
+        for row in stream:
+            if presses or int(row[0]) == tokenizer.eot_token:
+                return
+            tokens.append(int(row[0]))
+            yield tokens[-1]
+
+    for piece in decode_stream(until_end(), tokenizer):
+        print(printable(piece), end="", flush=True)
+    print()
+    return tokens
 
 
 def main(argv=None):
-    """The walk without --checkpoint or --prompt, else write."""
+    """The walk without --checkpoint or --prompt, else write or explain."""
     parser = ArgumentParser(description="A walk through the model; or text from a checkpoint.")
-    parser.add_argument("--checkpoint", type=Path, help="the language model that writes; with "
-                        "--prompt alone: checkpoints/pretrained.pt")
-    parser.add_argument("--prompt", help="text to continue; without it, a new document begins")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=200, help="when to stop")
-    parser.add_argument("--temperature", type=non_negative_float, default=0.8,
-                        help="0 always takes the likeliest token, 1 samples as trained")
-    parser.add_argument("--top-k", type=positive_int, help="choose among the k likeliest tokens")
-    parser.add_argument("--top-p", type=positive_float, help="choose among the likeliest tokens "
-                        "that together reach this probability")
-    parser.add_argument("--compile", action="store_true", help="let torch.compile rewrite the "
-                        "model first")
+    arg = parser.add_argument
+    arg("--checkpoint", type=Path, help="the language model that writes; with --prompt alone: "
+        "checkpoints/pretrained.pt")
+    arg("--prompt", help="text to continue; without it, a new document begins")
+    arg("--max-new-tokens", type=positive_int, default=200, help="when to stop")
+    arg("--temperature", type=non_negative_float, default=0.8,
+        help="0 always takes the likeliest token, 1 samples as trained")
+    arg("--top-k", type=positive_int, help="choose among the k likeliest tokens")
+    arg("--top-p", type=probability, help="choose among the likeliest that reach this probability")
+    arg("--explain", action="store_true", help="show tokens, next tokens and attention "
+        "instead of writing")
+    arg("--layer", type=int, default=-1, help="whose attention, from 0; -1 is the last")
+    arg("--head", type=int, help="which head, from 0; default: the mean of all")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
-    if args.top_p and args.top_p > 1:
-        parser.error("argument --top-p: it is a probability, at most 1")
     if args.checkpoint is None and args.prompt is None:
         return walk()
+
     device = pick_device(args.device)
     path = args.checkpoint or Path("checkpoints") / "pretrained.pt"
     model, tokenizer, _ = load_checkpoint(path, device)
-    model.to(pick_dtype(args.dtype, device))
+    context, L, H = (model.cfg[name] for name in ("context_length", "n_layers", "n_heads"))
     idx = text_to_token_ids(args.prompt or "<|endoftext|>", tokenizer).to(device)
-    if args.compile:
-        start = time.monotonic()
-        compile_generation(model)
-        for _ in zip(range(4), generate_stream(model, idx, args.max_new_tokens,
-                                               model.cfg["context_length"])):
-            pass  # the second is the first single one; at the third, positions begin to vary
-        print(f"torch.compile took {time.monotonic() - start:.0f} s", file=sys.stderr)
-    print(args.prompt or "", end="", flush=True)
-    tokens = (int(row[0]) for row in generate_stream(
-        model, idx, args.max_new_tokens, model.cfg["context_length"], args.temperature,
-        args.top_k, tokenizer.eot_token, args.top_p, seed=args.seed))
-    for piece in decode_stream((t for t in tokens if t != tokenizer.eot_token), tokenizer):
-        print(printable(piece), end="", flush=True)
-    print()
+    if args.explain:
+        if not -L <= args.layer < L or not 0 <= (args.head or 0) < H:
+            raise UserError(f"{path} has {L} layers and {H} heads, counted from 0; change --layer "
+                            "or --head")
+        return explain(model, tokenizer, idx[:, -context:], args.layer % L, args.head,
+                       args.top_k or 5, args.top_p or 0.9)
+
+    model.to(pick_dtype(args.dtype, device))
+    print(printable(args.prompt or ""), end="", flush=True)
+    start = time.monotonic()
+    tokens = print_stream(generate_stream(
+        model, idx, args.max_new_tokens, context, args.temperature, args.top_k,
+        tokenizer.eot_token, args.top_p, seed=args.seed), tokenizer)
+    speed = len(tokens) / (time.monotonic() - start)
+    print(f"{len(tokens)} tokens, {speed:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,8 @@ GPT-2's vocabulary) is skipped with a reason where the file is missing. Each tes
 something independent of our code: arithmetic written out, tiktoken, the numbers the book prints.
 """
 
-import base64
 import contextlib
-import copy
 import csv
-import functools
 import hashlib
 import http.server
 import io
@@ -18,19 +15,17 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import unicodedata
 import unittest
 import zipfile
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -50,9 +45,10 @@ import pretrain
 import tokenizer as tok
 from gpt import GPT_CONFIG_124M, GPTModel, UserError, generate, generate_text_simple
 
-TINY = {"vocab_size": 257, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2,
+TINY = {"vocab_size": 257, "context_length": 64, "emb_dim": 16, "n_heads": 2, "n_layers": 2,
         "drop_rate": 0.1, "qkv_bias": False}
 TEXT = "The cat sat on the mat; the dog sat on the log. Nobody knows why, and nobody asked.\n" * 30
+BYTES = gpt.load_tokenizer("bytes")
 
 
 def needs(*names):
@@ -61,10 +57,14 @@ def needs(*names):
                                f"needs data/{' and data/'.join(names)}")
 
 
-def tiny_model(**changes):
-    """A small model with random weights, always the same."""
-    torch.manual_seed(0)
-    return GPTModel({**TINY, **changes}).eval()
+def tiny_model(seed=0, spread=None, **changes):
+    """A small model with random weights, always the same; `spread` wide, so that all have a say."""
+    torch.manual_seed(seed)
+    model = GPTModel({**TINY, **changes}).eval()
+    if spread:
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=spread)
+    return model
 
 
 def call(main, *argv):
@@ -75,22 +75,65 @@ def call(main, *argv):
         try:
             gpt.run_main(lambda: main([str(a) for a in argv]))
         except SystemExit as e:
-            status = e.code
-    text = out.buffer.getvalue().decode()
-    if isinstance(status, str):  # what Python prints on standard error when it exits
-        return 1, text, status
-    return status or 0, text, err.getvalue()
+            return e.code or 0, out.buffer.getvalue().decode(), err.getvalue()
+
+
+def quietly(function, *args, **options):
+    """Call a function without what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return function(*args, **options)
+
+
+def weights(path, kind="language model"):
+    """All parameters of a checkpoint in one row."""
+    model = gpt.load_checkpoint(path, kind=kind)[0]
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def labelled_lines(n=40, classes=("ham", "spam")):
+    """Texts that can be told apart: a line per text, of different lengths."""
+    words = ["meet me at home", "WIN cash NOW 0800", "the weather is mild"]
+    return "".join(f"{name}\t{words[k]} {'x' * (i % 13)} {i}\n"
+                   for i in range(n) for k, name in enumerate(classes))
+
+
+RECORDS = [{"instruction": f"Say {word}", "input": "loud" if i % 3 == 0 else "",
+            "output": "" if i == 4 else word * (1 + i % 3)}
+           for i, word in enumerate("one two three four five six seven eight nine ten".split() * 3)]
 
 
 class InFolder(unittest.TestCase):
-    """A test that runs in an empty folder of its own."""
+    """A test in an empty folder of its own, with a text, a table, records and a tiny model."""
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(folder.name)
-        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        self.write("text.txt", TEXT)
+        self.write("data.tsv", labelled_lines())
+        self.write("records.json", json.dumps(RECORDS))
+        gpt.save_checkpoint("tiny.pt", tiny_model(spread=0.3, tie_embeddings=True), BYTES)
+
+    def write(self, name, content):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return Path(name)
+
+    def ok(self, main, *argv):
+        """Run a script that must succeed -> what it prints."""
+        status, out, err = call(main, *argv)
+        self.assertEqual(status, 0, out + err)
+        return out
+
+
+# Small runs of the three training scripts, the same but for what follows the flags here.
+PRETRAIN = (pretrain.main, "--data", "text.txt", "--context-length", 16, "--emb-dim", 16,
+            "--n-layers", 1, "--n-heads", 2, "--dtype", "float32", "--out", "run.pt")
+CLASSIFY = (clf.main, "--init", "tiny.pt", "--data", "data.tsv", "--dtype", "float32", "--lr", 0.01,
+            "--epochs", 2, "--out", "run.pt")
+INSTRUCT = (instruct.main, "--init", "tiny.pt", "--data", "records.json", "--prompt-style", "phi3",
+            "--dtype", "float32", "--lr", 0.01, "--max-new-tokens", 8, "--out", "run.pt")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,6 +148,8 @@ class TestAttention(unittest.TestCase):
         torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=0)
 
     def test_the_ladder_gives_the_numbers_the_book_prints(self):
+        self.assert_prints(gpt.attention_without_weights(INPUTS)[:2], [
+            [0.4421, 0.5931, 0.5790], [0.4419, 0.6515, 0.5683]])
         torch.manual_seed(123)
         self.assert_prints(gpt.SelfAttention_v1(3, 2)(INPUTS), [
             [0.2996, 0.8053], [0.3061, 0.8210], [0.3058, 0.8203], [0.2948, 0.7939],
@@ -124,56 +169,6 @@ class TestAttention(unittest.TestCase):
             [0.3190, 0.4858], [0.2943, 0.3897], [0.2856, 0.3593], [0.2693, 0.3873],
             [0.2639, 0.3928], [0.2575, 0.4028]])
 
-    def test_fast_attention_equals_softmax_and_mask_written_out(self):
-        torch.manual_seed(0)
-        att = gpt.MultiHeadAttention(8, 8, 5, 0.0, num_heads=2, qkv_bias=True)
-        x = torch.randn(3, 5, 8)
-        q, k, v = att.W_query(x), att.W_key(x), att.W_value(x)
-        heads = []
-        for h in (slice(0, 4), slice(4, 8)):
-            scores = q[..., h] @ k[..., h].transpose(1, 2) / math.sqrt(4)
-            future = torch.arange(5)[None, :] > torch.arange(5)[:, None]
-            weights = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
-            heads.append(weights @ v[..., h])
-        expected = att.out_proj(torch.cat(heads, dim=-1))
-        torch.testing.assert_close(att(x), expected)
-        for mask in (None, torch.ones(5, 5, dtype=torch.bool).tril()):
-            split = (t.view(3, 5, 2, 4).transpose(1, 2) for t in (q, k, v))
-            stepwise = att.attend_in_steps(*split, mask).transpose(1, 2).reshape(3, 5, 8)
-            torch.testing.assert_close(att.out_proj(stepwise), expected)
-
-    def test_training_in_bfloat16_attends_as_in_float32_up_to_rounding(self):
-        torch.manual_seed(0)
-        att, x = gpt.MultiHeadAttention(64, 64, 100, 0.0, num_heads=2), torch.randn(2, 100, 64)
-        results = []
-        for dtype in (torch.float32, torch.bfloat16):
-            att.zero_grad()
-            with gpt.autocast("cpu", dtype):
-                y = att(x).float()
-            y.square().mean().backward()
-            results.append(torch.cat([y.flatten(), *(100 * p.grad.flatten() for p in
-                                                     att.parameters() if p.grad is not None)]))
-        exact, rounded = results
-        error = float((exact - rounded).detach().norm() / exact.detach().norm())
-        self.assertLess(error, 0.02)
-        self.assertGreater(error, 0)
-
-    def test_dropout_drops_its_share_independently_and_keeps_the_mean(self):
-        torch.manual_seed(0)
-        for p in (0.1, 0.5):
-            drop, x = gpt.Dropout(p), torch.ones(401, 1001, requires_grad=True)  # 4 do not fit
-            y = drop(x)
-            y.sum().backward()
-            self.assertEqual({round(v, 4) for v in y.unique().tolist()}, {0, round(1 / (1 - p), 4)})
-            dropped = (y == 0).double()
-            self.assertAlmostEqual(float(dropped.mean()), p, delta=0.003)
-            for neighbour in (1, 2, 3, 4, 1001):     # no pair goes together more than by chance
-                both = (dropped.flatten()[neighbour:] * dropped.flatten()[:-neighbour]).mean()
-                self.assertAlmostEqual(float(both), p * p, delta=0.003)
-            torch.testing.assert_close(x.grad, y.detach())
-            self.assertIs(drop.eval()(x), x)
-        self.assertEqual(float(gpt.Dropout(1.0)(torch.ones(3)).sum()), 0)
-
     def test_fast_attention_equals_the_wrapper_with_equal_weights(self):
         wrapper = gpt.MultiHeadAttentionWrapper(6, 2, 5, 0.0, num_heads=3)
         fast = gpt.MultiHeadAttention(6, 6, 5, 0.0, num_heads=3)
@@ -184,13 +179,13 @@ class TestAttention(unittest.TestCase):
         x = torch.randn(2, 5, 6)
         torch.testing.assert_close(fast(x), wrapper(x))
 
-    def test_causal_attention_rows_sum_to_one_and_never_look_ahead(self):
-        att = gpt.CausalAttention(3, 3, 6, dropout=0.0)
-        att.W_value.weight.data = torch.zeros(3, 3)
-        att.W_value.weight.data[0, 0] = 1.0
-        x = torch.ones(1, 6, 3)                       # every value is 1, so a weighted mean is too
-        torch.testing.assert_close(att(x)[0, :, 0], torch.ones(6))
-        torch.testing.assert_close(att(x[:, :2]), att(x)[:, :2])
+    def test_zeroing_and_renormalising_equals_minus_infinity_before_the_softmax(self):
+        att, x = gpt.CausalAttention(3, 4, 6, dropout=0.0), INPUTS[None]
+        queries, keys, values = att.W_query(x), att.W_key(x), att.W_value(x)
+        all_weights = torch.softmax(queries @ keys.transpose(1, 2) / 2, dim=-1)   # 2 = root of 4
+        zeroed = all_weights * torch.ones(6, 6).tril()
+        expected = zeroed / zeroed.sum(dim=-1, keepdim=True) @ values
+        torch.testing.assert_close(att(x), expected)
 
     def test_a_width_the_heads_cannot_share_is_refused(self):
         with self.assertRaisesRegex(ValueError, "not divisible"):
@@ -198,15 +193,12 @@ class TestAttention(unittest.TestCase):
 
 
 class TestModel(unittest.TestCase):
-    def test_layer_norm_is_mean_zero_variance_one_then_scale_and_shift(self):
+    def test_layer_norm_and_gelu_are_the_arithmetic_beside_them(self):
         norm, x = gpt.LayerNorm(5), torch.randn(2, 3, 5)
         norm.scale.data, norm.shift.data = torch.arange(5.0), torch.full((5,), 0.5)
         mean, var = x.mean(dim=-1, keepdim=True), x.var(dim=-1, keepdim=True, unbiased=False)
         expected = (x - mean) / torch.sqrt(var + 1e-5) * torch.arange(5.0) + 0.5
         torch.testing.assert_close(norm(x), expected)
-
-    def test_gelu_is_the_tanh_form(self):
-        x = torch.linspace(-4, 4, 33)
         inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)
         torch.testing.assert_close(gpt.GELU()(x), 0.5 * x * (1 + torch.tanh(inner)))
 
@@ -223,13 +215,10 @@ class TestModel(unittest.TestCase):
         counts = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080,
                   "1558M": 1_557_611_200}
         for size, count in counts.items():
-            with torch.device("meta"):
+            with gpt.shapes_only():
                 model = GPTModel({**GPT_CONFIG_124M, **gpt.GPT2_SIZES[size], "qkv_bias": True,
                                   "tie_embeddings": True})
             self.assertEqual(sum(p.numel() for p in model.parameters()), count)
-        with torch.device("meta"):
-            tied = GPTModel({**GPT_CONFIG_124M, "tie_embeddings": True})
-        self.assertEqual(sum(p.numel() for p in tied.parameters()), 124_412_160)
 
     def test_shapes_and_that_no_position_sees_a_later_token(self):
         model, idx = tiny_model(), torch.randint(0, 257, (2, 16))
@@ -241,128 +230,118 @@ class TestModel(unittest.TestCase):
         self.assertFalse(torch.allclose(model(changed)[:, 10:], logits[:, 10:]))
 
     def test_a_text_longer_than_the_context_is_a_sentence(self):
-        with self.assertRaisesRegex(ValueError, "17 tokens do not fit"):
-            tiny_model()(torch.zeros(1, 17, dtype=torch.long))
+        with self.assertRaisesRegex(ValueError, "65 tokens do not fit"):
+            tiny_model()(torch.zeros(1, 65, dtype=torch.long))
 
     def test_weights_of_other_code_for_the_book_load_by_name(self):
         model = tiny_model()
-        theirs = {**model.state_dict(), **{f"trf_blocks.{i}.att.mask": torch.ones(16, 16)
-                                           for i in range(2)}}
+        masks = {f"trf_blocks.{i}.att.mask": torch.ones(64, 64) for i in range(2)}
         other = GPTModel(TINY)
-        other.load_state_dict(theirs)
+        other.load_state_dict({**model.state_dict(), **masks})
         idx = torch.arange(5)[None]
         torch.testing.assert_close(other.eval()(idx), model(idx))
 
-    def test_tied_embeddings_are_one_matrix_also_after_loading(self):
-        model = GPTModel({**TINY, "tie_embeddings": True})
-        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-        self.assertIs(model.out_head.weight, model.tok_emb.weight)
+    def test_parameters_stay_float32_under_bfloat16(self):
+        model = tiny_model()
+        with gpt.autocast("cpu", torch.bfloat16):
+            loss = model(torch.zeros(1, 4, dtype=torch.long)).float().mean()
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        self.assertEqual({t.dtype for t in [*model.parameters(), *grads]}, {torch.float32})
 
 
 class TestGeneration(unittest.TestCase):
+    def setUp(self):
+        self.model = tiny_model(context_length=16)
+
     def test_cache_gives_the_plain_loop_s_tokens_also_past_the_context_window(self):
-        model, idx = tiny_model(), torch.randint(0, 257, (3, 7))
+        idx = torch.randint(0, 257, (3, 7))
         for context_size in (16, 8, 100):      # the window slides from token 16, from 8, from 16
-            expected = generate_text_simple(model, idx, 20, min(context_size, 16))
-            torch.testing.assert_close(generate(model, idx, 20, context_size), expected)
+            expected = generate_text_simple(self.model, idx, 20, min(context_size, 16))
+            torch.testing.assert_close(generate(self.model, idx, 20, context_size), expected)
         long = torch.randint(0, 257, (1, 40))  # a prompt longer than the window
-        torch.testing.assert_close(generate(model, long, 5, 16),
-                                   generate_text_simple(model, long, 5, 16))
+        torch.testing.assert_close(generate(self.model, long, 5, 16),
+                                   generate_text_simple(self.model, long, 5, 16))
 
     def test_prompts_of_different_lengths_in_a_batch_equal_one_by_one(self):
-        model = tiny_model()
         prompts = [torch.randint(0, 257, (n,)) for n in (3, 9, 1, 6)]
         padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=99)
         lengths = torch.tensor([len(p) for p in prompts])
-        together = generate(model, padded, 20, 16, lengths=lengths)[:, 9:]
+        together = generate(self.model, padded, 20, 16, lengths=lengths)[:, 9:]
         for row, prompt in zip(together, prompts):
-            alone = generate_text_simple(model, prompt[None], 20, 16)[0, len(prompt):]
+            alone = generate_text_simple(self.model, prompt[None], 20, 16)[0, len(prompt):]
             self.assertEqual(row.tolist(), alone.tolist())
 
     def test_several_tokens_onto_a_filled_cache_see_all_before_and_none_after(self):
-        model, idx = tiny_model(), torch.randint(0, 257, (2, 12))
-        cache = gpt.KVCache(model, 2, 16)
-        parts = [model.hidden_states(part, cache) for part in idx.split([5, 1, 6], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden_states(idx))
+        idx = torch.randint(0, 257, (2, 12))
+        cache = gpt.KVCache(self.model, 2, 16)
+        parts = [self.model.hidden_states(part, cache) for part in idx.split([5, 1, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), self.model.hidden_states(idx))
 
     def test_end_of_text_is_per_row(self):
-        model, idx = tiny_model(), torch.randint(0, 257, (3, 4))
-        free = generate(model, idx, 12, 16)[:, 4:]
+        idx = torch.randint(0, 257, (3, 4))
+        free = generate(self.model, idx, 12, 16)[:, 4:]
         eos = int(free[1, 2])    # the second row ends at its third token, if not before
-        rows = generate(model, idx, 12, 16, eos_id=eos)[:, 4:]
-        for row, unstopped in zip(rows, free):
-            stop = (unstopped == eos).nonzero().flatten().tolist()
-            n = stop[0] if stop else len(unstopped)
-            self.assertEqual(row[:n].tolist(), unstopped[:n].tolist()[:len(row)])
-            self.assertTrue((row[n:] == eos).all())
-        alone = generate(model, idx[1:2], 12, 16, eos_id=eos)[0, 4:].tolist()
-        self.assertEqual(alone[-1], eos)       # generation ends when all rows have
-        self.assertEqual(alone.count(eos), 1)
+        rows = generate(self.model, idx, 12, 16, eos_id=eos)[:, 4:]
+        for row, unstopped in zip(rows.tolist(), free.tolist()):
+            n = unstopped.index(eos) if eos in unstopped else len(row)
+            self.assertEqual(row, unstopped[:n] + [eos] * (len(row) - n))
+        alone = generate(self.model, idx[1:2], 12, 16, eos_id=eos)[0, 4:].tolist()
+        self.assertEqual(alone.index(eos), len(alone) - 1)     # it ends when all rows have
 
     def test_dropout_is_off_and_the_mode_is_put_back_also_after_an_early_end(self):
         model, idx = tiny_model(drop_rate=0.5), torch.randint(0, 257, (1, 4))
         expected = generate(model, idx, 8, 16)
-        model.train()
-        torch.testing.assert_close(generate(model, idx, 8, 16), expected)
-        self.assertTrue(model.training)
+        torch.testing.assert_close(generate(model.train(), idx, 8, 16), expected)
         stream = gpt.generate_stream(model, idx, 8, 16)
         next(stream)
         self.assertFalse(model.training)
         stream.close()
         self.assertTrue(model.training)
 
-    def test_a_single_row_in_bfloat16_is_multiplied_as_many_rows_are(self):
+    def test_a_single_row_is_multiplied_as_many_rows_are(self):
         torch.manual_seed(0)
-        layer, x = gpt.Linear(300, 77).bfloat16(), torch.randn(4, 300).bfloat16()
-        with torch.no_grad():
-            single = torch.cat([layer(row[None]) for row in x])
-            torch.testing.assert_close(single, layer(x), atol=0.01, rtol=0.02)
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+            layer, x = gpt.Linear(300, 77).to(dtype), torch.randn(4, 300).to(dtype)
+            with torch.no_grad():
+                single = torch.cat([layer(row[None]) for row in x])
+                torch.testing.assert_close(single, layer(x), atol=tolerance, rtol=tolerance)
         self.assertEqual(torch.backends.mkldnn.enabled, torch.backends.mkldnn.is_available())
 
-    def test_the_smallest_temperature_takes_the_likeliest(self):
-        logits = torch.tensor([[1.0, 3.0, 2.0]])
-        for temperature in (1e-38, 1e-6):
-            self.assertEqual(gpt.sample_next(logits, temperature).tolist(), [1])
-
     def test_sampling_follows_temperature_top_k_and_top_p(self):
-        probs = torch.tensor([0.5, 0.25, 0.125, 0.125])
-        logits = probs.log().repeat(20_000, 1)
-        rng = torch.Generator().manual_seed(0)
-
-        def shares(**options):
-            drawn = gpt.sample_next(logits, generator=rng, **options)
-            return torch.bincount(drawn, minlength=4) / len(drawn)
-
-        def expect(actual, expected):
-            torch.testing.assert_close(actual, torch.tensor(expected), atol=0.015, rtol=0)
-
-        expect(shares(temperature=1.0), [0.5, 0.25, 0.125, 0.125])
-        expect(shares(temperature=0.5), [16 / 22, 4 / 22, 1 / 22, 1 / 22])   # squares, normalised
-        expect(shares(temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0.0, 0.0])
-        expect(shares(temperature=1.0, top_k=99), [0.5, 0.25, 0.125, 0.125])
-        expect(shares(temperature=1.0, top_p=0.6), [2 / 3, 1 / 3, 0.0, 0.0])
-        expect(shares(temperature=1.0, top_p=0.01), [1.0, 0.0, 0.0, 0.0])
-        expect(shares(temperature=0.0), [1.0, 0.0, 0.0, 0.0])
+        logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+        for options, expected in [
+                ({}, [0.5, 0.25, 0.125, 0.125]),
+                ({"temperature": 0.5}, [16 / 22, 4 / 22, 1 / 22, 1 / 22]),   # squares, normalised
+                ({"temperature": 1e-38}, [1.0, 0.0, 0.0, 0.0]),
+                ({"top_k": 2}, [2 / 3, 1 / 3, 0.0, 0.0]),
+                ({"top_k": 99}, [0.5, 0.25, 0.125, 0.125]),
+                ({"top_p": 0.6}, [2 / 3, 1 / 3, 0.0, 0.0]),
+                ({"top_p": 0.01}, [1.0, 0.0, 0.0, 0.0])]:
+            probs = gpt.next_token_probs(logits, **options)
+            torch.testing.assert_close(probs, torch.tensor([expected]), msg=str(options))
+        drawn = gpt.sample_next(logits.repeat(20_000, 1), 1.0)
+        shares = torch.bincount(drawn, minlength=4) / len(drawn)
+        torch.testing.assert_close(shares, logits.exp()[0], atol=0.015, rtol=0)
+        self.assertEqual(gpt.sample_next(logits, 0.0).tolist(), [0])
 
     def test_a_seed_repeats_the_text_and_leaves_other_random_numbers_alone(self):
-        model, idx = tiny_model(), torch.randint(0, 257, (2, 4))
-        before = torch.get_rng_state()
-        texts = [generate(model, idx, 10, 16, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+        idx, before = torch.randint(0, 257, (2, 4)), torch.get_rng_state()
+        texts = [generate(self.model, idx, 10, 16, temperature=1.0, seed=s) for s in (1, 1, 2)]
         self.assertTrue(torch.equal(texts[0], texts[1]))
         self.assertFalse(torch.equal(texts[0], texts[2]))
         self.assertTrue(torch.equal(before, torch.get_rng_state()))
 
     def test_options_out_of_range_and_an_empty_prompt_are_refused(self):
-        model, idx = tiny_model(), torch.zeros(1, 2, dtype=torch.long)
+        idx = torch.zeros(1, 2, dtype=torch.long)
         for bad in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}):
             with self.assertRaises(ValueError):
-                generate(model, idx, 2, 16, **bad)
+                generate(self.model, idx, 2, 16, **bad)
         with self.assertRaisesRegex(ValueError, "prompt is empty"):
-            generate(model, idx[:, :0], 2, 16)
+            generate(self.model, idx[:, :0], 2, 16)
 
     def test_characters_of_several_tokens_stream_whole(self):
-        tokenizer = gpt.load_tokenizer("bytes")
-        pieces = list(gpt.decode_stream(tokenizer.encode("naïve 🙂"), tokenizer))
+        pieces = list(gpt.decode_stream(BYTES.encode("naïve 🙂"), BYTES))
         self.assertEqual("".join(pieces), "naïve 🙂")
         self.assertNotIn("�", "".join(pieces))
 
@@ -387,137 +366,126 @@ class TestLoRA(unittest.TestCase):
         lora.B.data = torch.randn(2, 5)
         torch.testing.assert_close(lora(x), 3.0 * (x @ lora.A @ lora.B))
 
-    def test_a_tied_head_is_left_alone(self):
+    def test_it_takes_any_module_and_leaves_a_tied_head_alone(self):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(4, 2)))
+        gpt.replace_linear_with_lora(model, rank=2, alpha=2)
+        self.assertIsInstance(model[1][0], gpt.LinearWithLoRA)
         model = tiny_model(tie_embeddings=True)
         gpt.replace_linear_with_lora(model, rank=2, alpha=2)
-        self.assertIsInstance(model.out_head, torch.nn.Linear)
+        self.assertNotIsInstance(model.out_head, gpt.LinearWithLoRA)
         self.assertIsInstance(model.trf_blocks[0].att.W_query, gpt.LinearWithLoRA)
 
 
 # ---------------------------------------------------------------------------------------------
-# gpt.py: tokenizers, checkpoint, devices, command line
+# gpt.py: what the scripts share
 
 class TestCheckpoint(InFolder):
     def test_model_tokenizer_and_extras_come_back(self):
         ranks = {**{bytes([i]): i for i in range(256)}, b"th": 256, b"the": 257}
-        tokenizer = tiktoken.Encoding("mine", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
-                                      special_tokens={"<|endoftext|>": 258})
+        tokenizer = gpt.make_tokenizer("mine", ranks, r"\S+|\s+")
         model = tiny_model(vocab_size=259, tie_embeddings=True)
-        gpt.save_checkpoint("a/b.pt", model, tokenizer, step=7, names=["x"])
+        gpt.save_checkpoint("a/b.pt", model, tokenizer, names=["x"])
         again, tokenizer2, extras = gpt.load_checkpoint("a/b.pt")
-        self.assertEqual((extras["step"], extras["names"], extras["config"]), (7, ["x"], model.cfg))
+        self.assertEqual((extras["names"], extras["config"]), (["x"], model.cfg))
         text = "the thing <|endoftext|>"
         self.assertEqual(tokenizer2.encode(text, allowed_special="all"),
                          tokenizer.encode(text, allowed_special="all"))
         idx = torch.arange(9)[None]
-        self.assertTrue(torch.equal(again.eval()(idx), model(idx)))
+        self.assertTrue(torch.equal(again(idx), model(idx)))          # without dropout
         self.assertIs(again.out_head.weight, again.tok_emb.weight)
         self.assertEqual(list(Path("a").iterdir()), [Path("a/b.pt")])    # no temporary file stays
-
-    def test_unfit_files_are_one_sentence_with_the_command_that_makes_a_fit_one(self):
-        tokenizer, model = gpt.load_tokenizer("bytes"), tiny_model()
-        gpt.save_checkpoint("good.pt", model, tokenizer)
-        Path("cut.pt").write_bytes(Path("good.pt").read_bytes()[:5000])
-        Path("empty.pt").touch()
-        torch.save({"weights": torch.ones(3)}, "foreign.pt")
-        torch.save({"kind": "language model", "config": {**TINY, "emb_dim": 32},
-                    "model": model.state_dict(), "tokenizer": "bytes"}, "shape.pt")
-        torch.save({"kind": "language model", "config": {"emb_dim": 3}, "model": {},
-                    "tokenizer": "bytes"}, "config.pt")
-        gpt.replace_head(model, 2)
-        gpt.save_checkpoint("classifier.pt", model, tokenizer, class_names=["ham", "spam"])
-        for name, reason in {
-                "none.pt": "there is no checkpoint", "cut.pt": "cut short", "empty.pt": "cut short",
-                "foreign.pt": "not a checkpoint", "shape.pt": "final_norm.scale should be",
-                "config.pt": "does not describe a model", ".": "there is no checkpoint",
-                "classifier.pt": "holds a classifier"}.items():
-            with self.assertRaisesRegex(UserError, reason) as caught:
-                gpt.load_checkpoint(name)
-            self.assertIn("python pretrain.py", str(caught.exception))
-            self.assertNotIn("\n", str(caught.exception))
-        with self.assertRaisesRegex(UserError, "python finetune_classifier.py"):
-            gpt.load_checkpoint("good.pt", kind="classifier")
-
-    def test_a_checkpoint_cannot_run_code(self):
-        class Evil:
-            def __reduce__(self):
-                return os.mkdir, ("owned",)
-        torch.save({"kind": Evil()}, "evil.pt")
-        with self.assertRaises(UserError):
-            gpt.load_checkpoint("evil.pt")
-        self.assertFalse(Path("owned").exists())
 
     def test_a_classifier_comes_back_with_its_head_and_a_tied_embedding_is_kept(self):
         model = tiny_model(tie_embeddings=True)
         embedding = model.tok_emb.weight.clone()
         gpt.replace_head(model, 3)
-        gpt.save_checkpoint("c.pt", model, gpt.load_tokenizer("bytes"), class_names=list("abc"))
+        gpt.save_checkpoint("c.pt", model, BYTES, class_names=list("abc"))
         again, _, extras = gpt.load_checkpoint("c.pt", kind="classifier")
         self.assertEqual(again(torch.zeros(1, 4, dtype=torch.long)).shape, (1, 4, 3))
         self.assertTrue(torch.equal(again.tok_emb.weight, embedding))
         self.assertEqual(extras["class_names"], ["a", "b", "c"])
+        with self.assertRaisesRegex(UserError, "holds a classifier"):
+            gpt.load_checkpoint("c.pt")
+
+    def test_whatever_is_wrong_with_a_file_is_one_sentence_with_what_makes_a_fit_one(self):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, ("owned",)
+
+        self.write("secret.tiktoken", "a secret line\n")
+        good = torch.load("tiny.pt", weights_only=True)
+        table = {"pat_str": ".", "tokens": ["AA=="]}
+        for change, words in [
+                ({"kind": Evil()}, "not a checkpoint"), ({"kind": "state"}, "it holds a state"),
+                ({"config": {**good["config"], "n_heads": 0}}, "does not describe"),
+                ({"config": {**good["config"], "n_heads": 3}}, "not divisible"),
+                ({"config": {**good["config"], "n_layers": 10**7}}, "does not describe"),
+                ({"config": {**good["config"], "emb_dim": 32}}, "size mismatch"),
+                ({"config": {"emb_dim": 3}}, "vocab_size"), ({"model": {}}, "does not describe"),
+                ({"model": {**good["model"], "final_norm.scale": torch.full((16,), math.nan)}},
+                 "not finite"),
+                ({"tokenizer": "secret.tiktoken"}, "neither a name nor a table"),
+                ({"tokenizer": table}, "no rank"), ({"tokenizer": {**table, "tokens": 5}}, "int"),
+                ({"config": {**good["config"], "vocab_size": 9}}, "more tokens than its model")]:
+            torch.save({**good, **change}, "bad.pt")
+            with self.assertRaisesRegex(UserError, words) as caught:
+                gpt.load_checkpoint("bad.pt")
+            self.assertRegex(str(caught.exception), r"python pretrain.py$")
+            self.assertNotIn("\n", str(caught.exception))
+            self.assertNotIn("secret line", str(caught.exception))
+        self.assertFalse(Path("owned").exists())
+        self.write("bad.pt", Path("tiny.pt").read_bytes()[:5000])
+        for name in ("bad.pt", "none.pt", "text.txt", "."):
+            with self.assertRaisesRegex(UserError, "no checkpoint|not a checkpoint"):
+                gpt.load_checkpoint(name)
 
     @unittest.skipUnless(hasattr(signal, "SIGXFSZ"), "needs limits on file size (Linux, macOS)")
     def test_a_full_disk_is_a_sentence_and_the_old_file_stays(self):
         import resource
-        tokenizer = gpt.load_tokenizer("bytes")
-        gpt.save_checkpoint("x.pt", tiny_model(), tokenizer)
-        before = Path("x.pt").read_bytes()
+        before = Path("tiny.pt").read_bytes()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-            with self.assertRaisesRegex(UserError, "x.pt could not be written"):
-                gpt.save_checkpoint("x.pt", tiny_model(), tokenizer)
+            with self.assertRaisesRegex(OSError, "tiny.pt could not be written"):
+                gpt.save_checkpoint("tiny.pt", tiny_model(), BYTES)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
-        self.assertEqual(Path("x.pt").read_bytes(), before)
-        self.assertFalse(Path("x.pt.tmp").exists())
+        self.assertEqual(Path("tiny.pt").read_bytes(), before)
+        self.assertEqual(list(Path().glob("*.tmp")), [])
 
 
-class TestTokenizerSpecification(InFolder):
+class TestTokenizers(InFolder):
     def test_bytes_round_trips_any_text(self):
-        tokenizer = gpt.load_tokenizer("bytes")
         text = "naïve 🙂\n\ttab \x00 <|endoftext|>"
-        ids = tokenizer.encode(text, disallowed_special=())
+        ids = BYTES.encode(text, disallowed_special=())
         self.assertEqual(bytes(ids), text.encode())
-        self.assertEqual(tokenizer.decode(ids), text)
-        self.assertEqual((tokenizer.n_vocab, tokenizer.eot_token), (257, 256))
+        self.assertEqual(BYTES.decode(ids), text)
+        self.assertEqual((BYTES.n_vocab, BYTES.eot_token), (257, 256))
 
-    @needs("tiktoken")
-    def test_gpt2_tokens_are_the_ones_the_walk_shows(self):
-        tokenizer = gpt.load_tokenizer("gpt2")
-        self.assertEqual(tokenizer.encode("Every effort moves you"), [6109, 3626, 6100, 345])
-        self.assertEqual(gpt.tokenizer_spec(tokenizer), "gpt2")
+    @needs("vocab.bpe", "tiktoken")
+    def test_gpt2_from_its_merges_alone_is_tiktoken_s(self):
+        os.chdir(ROOT)
+        ours, theirs = gpt.load_tokenizer("gpt2"), tiktoken.get_encoding("gpt2")
+        self.assertEqual(ours._mergeable_ranks, theirs._mergeable_ranks)
+        self.assertEqual((ours.n_vocab, ours.eot_token), (theirs.n_vocab, theirs.eot_token))
+        self.assertEqual(ours.encode("Every effort moves you"), [6109, 3626, 6100, 345])
+        self.assertEqual(gpt.tokenizer_to_spec(ours), "gpt2")
 
-    @needs("vocab.bpe", "encoder.json")
-    def test_gpt2_tokenizer_needs_only_the_two_published_files(self):
-        Path("data").mkdir()
-        for name in gpt.GPT2_VOCABULARY:
-            Path("data", name).write_bytes((ROOT / "data" / name).read_bytes())
-        with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=os.path.join("data", "tiktoken")):
-            self.assertEqual(gpt.load_gpt2_tokenizer().n_vocab, 50257)
-        self.assertEqual(len(list(Path("data", "tiktoken").iterdir())), 2)
-
-    def test_a_pattern_that_is_not_one_and_a_missing_end_of_text_are_sentences(self):
-        spec = gpt.tokenizer_spec(tiktoken.Encoding(
-            "x", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={"<|endoftext|>": 256}))
-        with self.assertRaisesRegex(UserError, "cannot be used"):
-            gpt.load_tokenizer({**spec, "pat_str": "(["})
-        with self.assertRaisesRegex(UserError, "no <|endoftext|>"):
-            gpt.load_tokenizer({**spec, "special_tokens": {}})
+    def test_what_is_no_vocabulary_is_a_sentence(self):
+        tok.BPETokenizer().save("good.tiktoken")
+        good = Path("good.tiktoken").read_text(encoding="ascii")
+        for broken in ("", good + "!!!! 256\n", good + "enp6 999\n", good + "AA== 256\n",
+                       good.partition("\n")[2], "é", "AA== 0 1"):
+            self.write("bad.tiktoken", broken)
+            with self.assertRaisesRegex(UserError, "bad.tiktoken is not a rank file"):
+                gpt.load_tokenizer("bad.tiktoken")
         with self.assertRaisesRegex(UserError, "unknown tokenizer 'gpt9'"):
             gpt.load_tokenizer("gpt9")
-
-
-    def test_special_tokens_other_than_end_of_text_are_plain_text_in_a_prompt(self):
-        tokenizer = tiktoken.Encoding(
-            "x", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={"<|endoftext|>": 256, "<|user|>": 257})
-        self.assertEqual(gpt.text_to_token_ids("<|user|><|endoftext|>", tokenizer).tolist(),
-                         [[*b"<|user|>", 256]])
+        self.write("data/vocab.bpe", "#version\na b\n")
+        with self.assertRaisesRegex(UserError, "not GPT-2's vocab.bpe"):
+            gpt.load_tokenizer("gpt2")
 
 
 class TestTerminal(InFolder):
@@ -527,119 +495,356 @@ class TestTerminal(InFolder):
         for fine in ("10\u00a0km", "\u3000", "\N{MAN}\u200d\N{WOMAN}", "naïve ß 你好"):
             self.assertEqual(gpt.printable(fine), fine)
 
+    def test_pieces_of_a_file_join_to_the_whole_and_have_its_tokens(self):
+        text = "Some words, \n\n  and more\tof them 12345. " * 40 + "x" * 300
+        for content in (text, "y" * 1000, "é" * 500):
+            self.write("t.txt", content)
+            pieces = list(gpt.read_text_pieces("t.txt", size=101))
+            self.assertEqual("".join(pieces), content)
+            self.assertGreater(len(pieces), 5)
+            self.assertLess(max(map(len, pieces)), 250)
+        chunks = [c for p in gpt.read_text_pieces(self.write("t.txt", text), size=101)
+                  for c in tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, p)]
+        whole = tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, text)
+        self.assertEqual(chunks[:200], whole[:200])
+
     def test_the_advice_for_a_wrong_encoding_fits_it(self):
         for encoding, name in (("utf-16", "utf-16"), ("latin1", "latin1")):
-            Path("t.txt").write_text("café au lait", encoding=encoding)
+            self.write("t.txt", "café au lait".encode(encoding))
             with self.assertRaisesRegex(UserError, f"iconv -f {name} "):
                 list(gpt.read_text_pieces("t.txt"))
 
-
-class TestDevice(unittest.TestCase):
-    def test_auto_is_cpu_without_a_gpu_and_unknown_devices_are_a_sentence(self):
-        if not torch.cuda.is_available():
-            self.assertEqual(gpt.pick_device("auto").type, "cpu")
-        for name in ("tpu", "cuda:99", "meta", "gpu"):
-            with self.assertRaisesRegex(UserError, "not available here"):
-                gpt.pick_device(name)
-
-    def test_auto_dtype_follows_the_stopwatch(self):
-        def ticking(*seconds):  # six timed products in float32, then six in bfloat16
-            clock, times = 0.0, []
-            for s in seconds:
-                for _ in range(6):
-                    times += [clock, clock + s]
-                    clock += s
-            return mock.patch.object(gpt.time, "perf_counter", side_effect=times)
-
-        with ticking(2.0, 1.0):
-            self.assertIs(gpt.pick_dtype("auto", "cpu"), torch.bfloat16)
-        with ticking(1.0, 0.9):        # too close to be "really faster"
-            self.assertIs(gpt.pick_dtype("auto", "cpu"), torch.float32)
-        self.assertIs(gpt.pick_dtype("float32", "cpu"), torch.float32)
-
-    def test_keeping_freed_memory_is_left_out_where_the_c_library_cannot(self):
-        gpt.keep_freed_memory(largest=1 << 20)
-        for error in (OSError, TypeError):          # no such library; Windows wants a name
-            with mock.patch.object(gpt.ctypes, "CDLL", side_effect=error):
-                gpt.keep_freed_memory(largest=1 << 20)
-        with mock.patch.object(gpt.ctypes, "CDLL", return_value=object()):   # macOS, musl
-            gpt.keep_freed_memory(largest=1 << 20)
-
-    def test_parameters_stay_float32_under_bfloat16(self):
-        model = tiny_model()
-        with gpt.autocast("cpu", torch.bfloat16):
-            loss = model(torch.zeros(1, 4, dtype=torch.long)).float().mean()
-        loss.backward()
-        self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
-        self.assertEqual({p.grad.dtype for p in model.parameters() if p.grad is not None},
-                         {torch.float32})
+    @unittest.skipUnless(Path("/dev/full").exists(), "needs /dev/full (Linux)")
+    def test_a_full_disk_behind_standard_output_is_a_sentence(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, str(ROOT / "gpt.py")], stdout=full,
+                                  stderr=subprocess.PIPE, text=True, timeout=60)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"\Agpt.py: .*No space left.*\n\Z")
 
 
 class TestGptCommand(InFolder):
     def test_the_walk_shows_the_parameter_count_and_every_shape(self):
-        status, out, err = call(gpt.main)
-        self.assertEqual((status, err), (0, ""))
+        out = self.ok(gpt.main)
         for part in ("124,439,808", "(1, 4, 768)", "(1, 12, 4, 4)", "(1, 4, 50257)"):
             self.assertIn(part, out)
 
     def test_it_writes_from_a_checkpoint_the_same_text_for_the_same_seed(self):
-        gpt.save_checkpoint("m.pt", tiny_model(), gpt.load_tokenizer("bytes"))
-        argv = ("--checkpoint", "m.pt", "--prompt", "The", "--max-new-tokens", 20, "--dtype",
-                "float32", "--top-k", 1000, "--top-p", 0.9)
-        first, again, other = call(gpt.main, *argv), call(gpt.main, *argv), call(
-            gpt.main, *argv, "--seed", 5)
-        self.assertEqual(first[0], 0)
-        self.assertTrue(first[1].startswith("The"))
+        argv = ("--checkpoint", "tiny.pt", "--prompt", "The", "--max-new-tokens", 20, "--dtype",
+                "float32")
+        first, again, other = (self.ok(gpt.main, *argv, "--top-p", 0.99, "--seed", seed)
+                               for seed in (4, 4, 5))
+        self.assertTrue(first.startswith("The"))
         self.assertEqual(first, again)
         self.assertNotEqual(first, other)
-        status, out, _ = call(gpt.main, "--checkpoint", "m.pt", "--prompt", "The", "--dtype",
-                              "float32", "--max-new-tokens", 5, "--temperature", 0)
-        tokenizer = gpt.load_tokenizer("bytes")
-        idx = generate_text_simple(tiny_model(), gpt.text_to_token_ids("The", tokenizer), 5, 16)
-        self.assertEqual(out, gpt.printable(tokenizer.decode(idx[0].tolist())) + "\n")
+        model = gpt.load_checkpoint("tiny.pt")[0]
+        idx = generate_text_simple(model, gpt.text_to_token_ids("The", BYTES), 20, 64)[0].tolist()
+        status, out, err = call(gpt.main, *argv, "--temperature", 0)
+        self.assertEqual(out, gpt.printable(BYTES.decode(idx)) + "\n")
+        self.assertRegex(err, r"20 tokens, .* tokens/s")
 
-    def test_wrong_usage_is_status_2_and_one_sentence(self):
-        for bad in (("--temperature", "-1"), ("--temperature", "nan"), ("--top-k", 0),
-                    ("--top-p", 2), ("--max-new-tokens", "x"), ("--nonsense",)):
-            status, out, err = call(gpt.main, *bad)
-            self.assertEqual((status, out, err.count("\n")), (2, "", 1), bad)
-        status, _, err = call(gpt.main, "--prompt", "x")
-        self.assertEqual(status, 1)
-        self.assertIn("python pretrain.py", err)
+    def test_attention_weights_are_the_model_s_own_and_their_rows_sum_to_one(self):
+        model, idx = tiny_model(spread=0.3), torch.randint(0, 257, (1, 9))
+        x = model.tok_emb(idx) + model.pos_emb(torch.arange(9))
+        x = model.trf_blocks[0](x)
+        att, normed = model.trf_blocks[1].att, model.trf_blocks[1].norm1(x)[0]
+        weights = gpt.attention_weights(model, idx, layer=1)
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 9))
+        heads = []
+        for h, d in enumerate((slice(0, 8), slice(8, 16))):
+            scores = att.W_query(normed)[:, d] @ att.W_key(normed)[:, d].T / math.sqrt(8)
+            scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).exp()
+            expected = scores / scores.sum(dim=-1, keepdim=True)
+            torch.testing.assert_close(weights[h], expected)
+            heads.append(expected @ att.W_value(normed)[:, d])
+        torch.testing.assert_close(att.out_proj(torch.cat(heads, dim=-1)), att(normed[None])[0])
+
+    def test_explain_shows_tokens_probabilities_and_attention_in_80_columns(self):
+        argv = ("--checkpoint", "tiny.pt", "--prompt", "x" * 20 + "a\nb\x1b[2J é", "--explain")
+        out = self.ok(gpt.main, *argv)
+        self.assertLessEqual(max(len(line) for line in out.split("\n")[2:]), 80)
+        self.assertNotIn("\x1b", out)
+        logits = gpt.load_checkpoint("tiny.pt")[0](gpt.text_to_token_ids(argv[3], BYTES))[0, -1]
+        best = float(logits.div(0.5).softmax(dim=-1).max())
+        self.assertIn(f"{best:.1%}", out)
+        self.assertNotEqual(out, self.ok(gpt.main, *argv, "--layer", 0, "--head", 1))
+        done = subprocess.run([sys.executable, str(ROOT / "gpt.py"), *argv], capture_output=True,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=60)
+        self.assertIn(b"##", done.stdout)          # plain shades where there is no UTF-8
+
+
+# ---------------------------------------------------------------------------------------------
+# gpt.py: downloads, as a table of answers that a server gives
+
+FILE = bytes(range(256)) * 800  # 204,800 bytes
+FILE_SHA256 = hashlib.sha256(FILE).hexdigest()
+
+
+class TestDownload(unittest.TestCase):
+    """Each test gives the server a list of answers, one per request; the last one repeats."""
+
+    def setUp(self):
+        test = self
+        self.asked, self.answers, self.stalled = [], [self.whole], threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                test.asked.append(self.headers.get("Range"))
+                answer = test.answers[0] if len(test.answers) == 1 else test.answers.pop(0)
+                with contextlib.suppress(ConnectionError):
+                    answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/file"
+        folder = tempfile.TemporaryDirectory()
+        self.path = Path(folder.name) / "deep" / "file.bin"
+        self.part = Path(f"{self.path}.part")
+        no_proxy = mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1"})
+        no_proxy.start()
+        for clean in (folder.cleanup, self.server.server_close, self.server.shutdown,
+                      self.stalled.set, no_proxy.stop):
+            self.addCleanup(clean)
+
+    # The answers.
+
+    def send(self, request, body, status=200, length=None, headers=()):
+        request.send_response(status)
+        for name, value in headers:
+            request.send_header(name, value)
+        request.send_header("Content-Length", len(body) if length is None else length)
+        request.end_headers()
+        request.wfile.write(body)
+        request.wfile.flush()
+
+    def whole(self, request):
+        self.send(request, FILE)
+
+    def ranged(self, request):
+        if not request.headers.get("Range"):
+            return self.whole(request)
+        start = int(request.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        if start >= len(FILE):
+            return self.send(request, b"", 416, headers=[
+                ("Content-Range", f"bytes */{len(FILE)}")])
+        self.send(request, FILE[start:], 206, headers=[
+            ("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")])
+
+    def cut(self, request):  # half, then the connection is closed
+        self.send(request, FILE[:100_000], length=len(FILE))
+        request.close_connection = True
+
+    def stall(self, request):  # half, then silence
+        self.send(request, FILE[:100_000], length=len(FILE))
+        self.stalled.wait(5)
+
+    def answer(self, status, body=b"no", headers=()):
+        return lambda request: self.send(request, body, status, headers=headers)
+
+    def fetch(self, *urls, sha256=None):
+        return quietly(gpt.download, urls or [self.url], self.path, sha256, timeout=0.5)
+
+    def test_what_arrives_whole(self):
+        elsewhere = ("Content-Range", "bytes 7-9/204800")
+        moved = [("Location", "/cdn"), ("X-Linked-Etag", f'"{FILE_SHA256}"')]
+        for answers, sha256, asked in [
+                ([self.whole], None, [None]),
+                ([self.cut, self.ranged], None, [None, "bytes=98304-"]),
+                ([self.stall, self.ranged], FILE_SHA256, [None, "bytes=98304-"]),
+                ([self.cut, self.whole], None, [None, "bytes=98304-"]),       # ignores the range
+                ([self.answer(302, headers=moved), self.whole], None, [None, None]),
+                ([self.answer(404), self.whole], None, [None, None]),          # the next address
+                ([self.answer(200, b"<html>", [("Content-Type", "text/html")]), self.whole], None,
+                 [None, None]),
+                ([self.cut, self.answer(206, b"abc", [elsewhere]), self.whole], None,
+                 [None, "bytes=98304-", None])]:
+            self.answers, self.asked = answers, []
+            self.fetch(self.url, self.url + "?second", sha256=sha256)
+            self.assertEqual((self.path.read_bytes() == FILE, self.asked), (True, asked))
+            self.assertFalse(self.part.exists())
+            self.path.unlink()
+
+    def test_a_file_that_is_there_needs_no_network_and_a_part_is_gone_on_with(self):
+        self.path.parent.mkdir()
+        self.path.write_bytes(b"mine")
+        self.fetch()
+        self.assertEqual((self.path.read_bytes(), self.asked), (b"mine", []))
+        self.path.unlink()
+        for part, asked in ((FILE[:5000], ["bytes=5000-"]),
+                            (b"x" * 5000, ["bytes=5000-", None]),       # of another file
+                            (FILE + b"more", ["bytes=204804-", None])):
+            self.part.write_bytes(part)
+            self.answers, self.asked = [self.ranged], []
+            self.fetch(self.url, self.url, sha256=FILE_SHA256)
+            self.assertEqual((self.path.read_bytes() == FILE, self.asked), (True, asked))
+            self.path.unlink()
+
+    def test_what_fails_names_every_address_and_the_place_for_the_file(self):
+        with http.server.HTTPServer(("127.0.0.1", 0), None) as closed:
+            nobody = f"http://127.0.0.1:{closed.server_port}/"
+        wrong = [("X-Linked-Etag", 64 * "0")]
+        for answer, words in [(self.answer(500), "500"), (self.answer(404), "404"),
+                              (self.answer(200, FILE, wrong), "wrong content"),
+                              (self.answer(200, b""), "wrong content"),
+                              (lambda r: self.stalled.wait(1), "timed out")]:
+            self.answers = [answer]
+            with self.assertRaisesRegex(UserError, words) as caught:
+                self.fetch(nobody, self.url)
+            for part in (nobody, self.url, str(self.path), "refused"):
+                self.assertIn(part, str(caught.exception))
+            self.assertFalse(self.path.exists())
+
+
+# ---------------------------------------------------------------------------------------------
+# gpt.py: what surrounds a training run, with each of the three scripts that train
+
+class TestTrainingRun(InFolder):
+    def test_interrupted_at_any_step_and_resumed_a_run_ends_with_the_same_weights(self):
+        run = (*PRETRAIN, "--max-steps", 12, "--eval-every", 4)
+        preset = {**pretrain.PRESETS["quick"], "drop_rate": 0.2}     # so that chance matters
+        record = gpt.TrainingRun.record
+        with mock.patch.dict(pretrain.PRESETS, quick=preset):
+            self.ok(*run)
+            expected, log = weights("run.pt"), Path("run.csv").read_bytes()
+            for stop_at in (1, 3, 4, 7, 11, 12):
+                for file in Path(".").glob("run*"):
+                    file.unlink()
+                steps = []
+
+                def interrupted(self, *args):                  # as if Ctrl-C came in this step
+                    steps.append(1)
+                    if len(steps) == stop_at:
+                        os.kill(os.getpid(), signal.SIGINT)
+                    return record(self, *args)
+
+                with mock.patch.object(gpt.TrainingRun, "record", interrupted):
+                    status, out, _ = call(*run)
+                self.assertEqual(status, 130)
+                self.assertIn(f"step {stop_at} is saved", out)
+                self.ok(*run, "--resume")
+                self.assertTrue(torch.equal(weights("run.pt"), expected), stop_at)
+                self.assertEqual(Path("run.csv").read_bytes(), log)
+                self.assertFalse(Path("run-resume.pt").exists())
+        self.assertIn("run.pt is complete", self.ok(*run, "--resume"))
+
+    def test_killed_and_resumed_each_script_ends_with_the_same_weights(self):
+        gpt.save_checkpoint("tiny.pt", tiny_model(spread=0.3, drop_rate=0.2), BYTES)
+        for script, (main, *argv), more, kind in [
+                ("pretrain.py", PRETRAIN, ("--max-steps", 300), "language model"),
+                ("finetune_classifier.py", CLASSIFY,
+                 ("--train", "lora", "--max-steps", 200, "--epochs", 99), "classifier"),
+                ("finetune_instruct.py", INSTRUCT, ("--train", "lora", "--epochs", 99, "--max-steps",
+                                                   150, "--no-responses"), "language model")]:
+            argv = [*map(str, argv), *map(str, more), "--eval-every", "10"]
+            process = subprocess.Popen([sys.executable, str(ROOT / script), *argv],
+                                       stdout=subprocess.DEVNULL)
+            deadline = time.monotonic() + 60
+            while not Path("run-resume.pt").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            process.kill()                                      # SIGKILL: no chance to clean up
+            process.wait()
+            self.assertTrue(Path("run-resume.pt").exists(), script)
+            self.assertIn("resumed", self.ok(main, *argv, "--resume"))
+            resumed, log = weights("run.pt", kind), Path("run.csv").read_bytes()
+            self.ok(main, *argv)
+            self.assertTrue(torch.equal(resumed, weights("run.pt", kind)), script)
+            self.assertEqual(Path("run.csv").read_bytes(), log)
+
+    def stopped(self, *run):
+        """Leave the run as a Ctrl-C in its third step would."""
+        with mock.patch.object(gpt.TrainingRun, "record", autospec=True) as record:
+            def press(run, *_):
+                run.state["losses"].append(1.0)
+                if run.state["step"] == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+            record.side_effect = press
+            self.assertEqual(call(*run)[0], 130)
+
+    def test_resuming_another_run_is_refused_and_changes_nothing(self):
+        run = (*PRETRAIN, "--max-steps", 5)
+        self.stopped(*run)
+        before = Path("run-resume.pt").read_bytes()
+        for flags, word in ((("--batch-size", 3), "--batch-size"), (("--seed", 9), "--seed"),
+                            (("--max-steps", 6), "--max-steps"), (("--emb-dim", 32), "--emb-dim"),
+                            (("--data", "data.tsv"), "--data")):
+            status, _, err = call(*run, *flags, "--resume")
+            self.assertEqual(status, 1)
+            self.assertIn(f"is of a run with another {word};", err)
+        self.assertEqual(Path("run-resume.pt").read_bytes(), before)
+
+    def test_the_best_model_is_kept_and_the_metrics_have_a_row_per_evaluation(self):
+        losses = iter([5.0, 3.0, 2.0, 4.0])
+        real, seen = pretrain.evaluate_rows, []
+
+        def pretended(model, *args):
+            seen.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
+            return {**real(model, *args), "val_loss": next(losses)}
+
+        with mock.patch.object(pretrain, "evaluate_rows", pretended):
+            out = self.ok(*PRETRAIN, "--max-steps", 6, "--eval-every", 2)
+        self.assertTrue(torch.equal(weights("run.pt"), seen[2]))        # that of loss 2.0
+        self.assertIn("lowest 2.000", out)
+        with open("run.csv", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual([(row["step"], row["val_loss"]) for row in rows],
+                         [("0", "5.0"), ("2", "3.0"), ("4", "2.0"), ("6", "4.0")])
+
+    def test_a_loss_that_is_not_finite_stops_each_script_and_keeps_the_checkpoint(self):
+        for run, kind in ((PRETRAIN, "language model"), (CLASSIFY, "classifier"),
+                          (INSTRUCT, "language model")):
+            self.ok(*run, "--max-steps", 2)
+            before = weights("run.pt", kind)
+            real = F.cross_entropy
+            with mock.patch.object(F, "cross_entropy", lambda *a, **k: real(*a, **k) * math.nan):
+                status, _, err = call(*run, "--max-steps", 3)
+            self.assertEqual(status, 1)
+            self.assertRegex(err, "the loss is nan at step 1; what was saved is kept")
+            self.assertTrue(torch.equal(weights("run.pt", kind), before))
+
+    def test_nothing_that_is_read_or_is_not_ours_is_overwritten(self):
+        self.write("mine.pt", "my own notes")
+        self.write("run.csv", labelled_lines())
+        before = {path: path.read_bytes() for path in Path().iterdir()}
+        for run, flags, words in [
+                (PRETRAIN, ("--out", "mine.pt"), "is no checkpoint of this project"),
+                (PRETRAIN, ("--data", "run.csv"), "run.csv is read by this command"),
+                (PRETRAIN, ("--data", "mine.pt", "--out", "mine.pt"), "is read by this command"),
+                (CLASSIFY, ("--out", "tiny.pt"), "tiny.pt is read by this command"),
+                (INSTRUCT, ("--out", "./tiny.pt"), "tiny.pt is read by this command"),
+                (CLASSIFY, ("--data", "run.csv"), "run.csv is read by this command"),
+                ((load_gpt2.main,), ("--from", ".", "--out", "mine.pt"), "is no checkpoint"),
+                ((tok.main, "train"), ("text.txt", "--out", "text.txt"), "would be overwritten"),
+                ((tok.main, "train"), ("text.txt", "--out", "mine.pt"), "not a rank file")]:
+            status, _, err = call(*run, *flags)
+            self.assertEqual(status, 1, flags)
+            self.assertIn(words, err)
+        self.assertEqual({path: path.read_bytes() for path in Path().iterdir()}, before)
+
+    def test_auto_dtype_follows_what_the_processor_reports(self):
+        for has, expected in (({"avx512_bf16": True}, torch.bfloat16),
+                              ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+            with mock.patch.object(torch.cpu, "get_capabilities", return_value=has):
+                self.assertIs(gpt.pick_dtype("auto", "cpu"), expected)
+        self.assertIs(gpt.pick_dtype("float32", "cpu"), torch.float32)
+        for name in ("tpu", "cuda:99", "meta", "gpu"):
+            with self.assertRaisesRegex(UserError, "not available here"):
+                gpt.pick_device(name)
 
 
 # ---------------------------------------------------------------------------------------------
 # pretrain.py
 
-SMALL_RUN = ("--data", "text.txt", "--tokenizer", "bytes", "--context-length", 16, "--emb-dim", 16,
-             "--n-layers", 1, "--n-heads", 2, "--dtype", "float32", "--out", "run.pt")
-
-
-def weights(path):
-    """All parameters of a checkpoint in one row."""
-    model = gpt.load_checkpoint(path)[0]
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 class TestBookLoop(unittest.TestCase):
-    def setUp(self):
-        self.tokenizer = gpt.load_tokenizer("bytes")
-
     def test_rows_are_windows_and_targets_are_moved_by_one(self):
-        data = pretrain.GPTDatasetV1("abcdefgh", self.tokenizer, max_length=3, stride=2)
+        data = pretrain.GPTDatasetV1("abcdefgh", BYTES, max_length=3, stride=2)
         rows = [(bytes(x.tolist()), bytes(y.tolist())) for x, y in data]
         self.assertEqual(rows, [(b"abc", b"bcd"), (b"cde", b"def"), (b"efg", b"fgh")])
         with self.assertRaisesRegex(ValueError, "at least 9"):
-            pretrain.GPTDatasetV1("abcdefgh", self.tokenizer, max_length=8, stride=8)
-
-    @needs("tiktoken", "the-verdict.txt")
-    def test_the_book_s_first_batch(self):
-        text = (ROOT / "data" / "the-verdict.txt").read_text(encoding="utf-8")
-        loader = pretrain.create_dataloader_v1(text, batch_size=8, max_length=4, stride=4,
-                                               shuffle=False)
-        inputs, targets = next(iter(loader))
-        self.assertEqual(inputs[:2].tolist(), [[40, 367, 2885, 1464], [1807, 3619, 402, 271]])
-        self.assertEqual(targets[:2].tolist(), [[367, 2885, 1464, 1807], [3619, 402, 271, 10899]])
+            pretrain.GPTDatasetV1("abcdefgh", BYTES, max_length=8, stride=8)
 
     def test_loss_is_the_mean_of_minus_log_probability(self):
         model = tiny_model()
@@ -648,152 +853,131 @@ class TestBookLoop(unittest.TestCase):
         expected = -torch.stack([probs[b, t, y[b, t]].log() for b in range(2) for t in range(5)])
         loss = pretrain.calc_loss_batch(x, y, model, "cpu")
         torch.testing.assert_close(loss, expected.mean())
-        loader = [(x, y), (y, x)]
         other = pretrain.calc_loss_batch(y, x, model, "cpu").item()
-        self.assertAlmostEqual(pretrain.calc_loss_loader(loader, model, "cpu"),
-                               (loss.item() + other) / 2, places=5)
-        self.assertAlmostEqual(pretrain.calc_loss_loader(loader, model, "cpu", num_batches=1),
-                               loss.item(), places=5)
+        for batches, mean in ((None, (loss.item() + other) / 2), (1, loss.item())):
+            self.assertAlmostEqual(pretrain.calc_loss_loader([(x, y), (y, x)], model, "cpu",
+                                                             batches), mean, places=5)
         self.assertTrue(math.isnan(pretrain.calc_loss_loader([], model, "cpu")))
 
+    @needs("vocab.bpe", "the-verdict.txt")
+    def test_seeded_training_gives_the_losses_of_the_book_s_own_code(self):
+        os.chdir(ROOT)
+        text = Path("data/the-verdict.txt").read_text(encoding="utf-8")
+        loader = pretrain.create_dataloader_v1(text, batch_size=8, max_length=4, stride=4,
+                                               shuffle=False)
+        inputs, targets = next(iter(loader))               # printed in the book's section 2.6
+        self.assertEqual(inputs[:2].tolist(), [[40, 367, 2885, 1464], [1807, 3619, 402, 271]])
+        self.assertEqual(targets[:2].tolist(), [[367, 2885, 1464, 1807], [3619, 402, 271, 10899]])
+
+        # The losses are those of the package llms-from-scratch 1.0.19, seeds and all.
+        torch.manual_seed(123)
+        loader = pretrain.create_dataloader_v1(text[:int(0.9 * len(text))], batch_size=2,
+                                               max_length=256, stride=256)
+        torch.manual_seed(123)
+        model = GPTModel({**TINY, "vocab_size": 50257, "context_length": 256, "emb_dim": 48,
+                          "n_heads": 4}).train()
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1), []
+        for _ in range(2):
+            for x, y in loader:
+                optimizer.zero_grad()
+                loss = pretrain.calc_loss_batch(x, y, model, "cpu")
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        np.testing.assert_allclose(losses[:10], [
+            10.9837, 10.9965, 10.9899, 10.9854, 10.9826, 10.9601, 11.0129, 10.9683, 10.9233,
+            10.9072], atol=1e-3)
+
     def test_the_simple_loop_learns_and_reports_every_evaluation(self):
-        data = pretrain.GPTDatasetV1(TEXT, self.tokenizer, max_length=16, stride=16)
+        data = pretrain.GPTDatasetV1(TEXT, BYTES, max_length=16, stride=16)
         loader = torch.utils.data.DataLoader(data, batch_size=8, drop_last=True)
         model = tiny_model(drop_rate=0.0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            train, val, seen = pretrain.train_model_simple(
-                model, loader, loader, optimizer, "cpu", num_epochs=2, eval_freq=10, eval_iter=2,
-                start_context="The", tokenizer=self.tokenizer)
+        train, val, seen = quietly(
+            pretrain.train_model_simple, model, loader, loader, optimizer, "cpu", num_epochs=2,
+            eval_freq=10, eval_iter=2, start_context="The", tokenizer=BYTES)
         self.assertLess(train[-1], train[0] - 1)
         self.assertEqual(seen, [(10 * i + 1) * 8 * 16 for i in range(len(seen))])
-        self.assertIn("Ep 1 (Step 000000)", out.getvalue())
 
 
 class TestTokensOnDisk(InFolder):
-    def tokens(self, **changes):
-        name, documents, stamp = pretrain.find_documents("quick", [Path("text.txt")])
-        return pretrain.tokens_on_disk(documents, stamp, gpt.load_tokenizer("bytes"))
+    def rows(self, numbers, T):
+        np.array(numbers, np.uint16).tofile("tokens.bin")
+        return pretrain.TokenRows("tokens.bin", np.uint16, 0, len(numbers), T)
 
-    def test_every_token_but_the_first_is_a_target_once_an_epoch(self):
-        for length in (33, 34, 48, 49, 50):
-            rows = pretrain.TokenRows(np.arange(length, dtype=np.uint16), T=16)
-            x, y = rows.batch(range(rows.num_rows))
-            self.assertEqual(sorted(y[y != -100].tolist()), list(range(1, length)))
-            self.assertTrue(((x + 1 == y) | (y == -100)).all())
-            for part in ([0], [rows.num_rows - 1], range(rows.num_rows)):
-                self.assertEqual(rows.count_targets(np.array(part)),
-                                 int((rows.batch(part)[1] != -100).sum()))
+    def test_rows_are_whole_and_each_target_follows_its_input(self):
+        for length, num_rows in ((16, 0), (17, 1), (32, 1), (33, 2)):
+            rows = self.rows(range(length), T=16)
+            self.assertEqual(len(rows), num_rows)
+            x, y = rows.batch(range(num_rows))
+            self.assertEqual(x.flatten().tolist(), list(range(16 * num_rows)))
+            self.assertTrue((x + 1 == y).all())
 
     def test_each_epoch_reads_every_row_once_in_a_new_order(self):
-        settings = {"batch_size": 2, "grad_accum": 2, "seed": 1}
-        epochs = [np.concatenate([pretrain.rows_of_step(e * 3 + k, 11, settings)
-                                  for k in range(3)]) for e in range(2)]
-        self.assertEqual([sorted(e) for e in epochs], [list(range(11))] * 2)
-        self.assertNotEqual(list(epochs[0]), list(epochs[1]))
+        args = mock.Mock(seed=1, batch_size=2, grad_accum=2)
+        run = mock.Mock(args=args, per_epoch=3)
+        epochs = [np.concatenate([gpt.TrainingRun.rows_of_step(run, e * 3 + k, 12)
+                                  for k in range(3)]).tolist() for e in range(2)]
+        self.assertEqual([sorted(e) for e in epochs], [list(range(12))] * 2)
+        self.assertNotEqual(*epochs)
 
-    def test_validation_is_the_last_part_and_shares_no_token(self):
-        train, val = pretrain.split_tokens(np.arange(1000), T=16, val_share=0.1, name="x")
-        self.assertEqual((train.tokens[-1], val.tokens[0], val.tokens[-1]), (899, 900, 999))
-        with self.assertRaisesRegex(UserError, "100 tokens, but at least 171 are needed"):
-            pretrain.split_tokens(np.arange(100), T=16, val_share=0.1, name="x")
-        pretrain.split_tokens(np.arange(171), T=16, val_share=0.1, name="x")
-
-    def test_documents_of_a_folder_are_joined_with_end_of_text_in_sorted_order(self):
-        Path("d/sub").mkdir(parents=True)
+    def test_documents_of_a_folder_are_joined_with_end_of_text_and_written_once(self):
         for name, text in (("b.txt", "second"), ("empty.txt", ""), ("a.txt", "first"),
-                           ("sub/c.txt", "third"),
-                           (".hidden", "no")):
-            Path("d", name).write_text(text, encoding="utf-8")
-        _, documents, stamp = pretrain.find_documents("quick", [Path("d")])
-        tokenizer = gpt.load_tokenizer("bytes")
-        tokens = pretrain.tokens_on_disk(documents, stamp, tokenizer)
-        self.assertEqual(tokenizer.decode(tokens.tolist()),
-                         "first<|endoftext|>second<|endoftext|>third<|endoftext|>")
-        self.assertEqual(tokens.dtype, np.uint16)
+                           ("sub/c.txt", "third"), (".hidden", "no")):
+            self.write("d/" + name, text)
+        tokenizer = gpt.make_tokenizer("x", {bytes([i]): i for i in range(256)}, ".")
+        for last in ("third", "other"):
+            self.write("d/sub/c.txt", last)
+            for _ in range(2):
+                _, documents, stamp = pretrain.find_documents("quick", [Path("d")])
+                path, dtype = pretrain.tokens_on_disk(documents, stamp, tokenizer)
+            self.assertEqual(tokenizer.decode(np.fromfile(path, dtype).tolist()),
+                             f"first<|endoftext|>second<|endoftext|>{last}<|endoftext|>")
+        self.assertEqual(len(list(Path("data").iterdir())), 2)
+        for i in range(5):                                  # files of texts that are gone do not
+            pretrain.tokens_on_disk([["x"]], i, tokenizer)  # pile up
+        self.assertEqual(len(list(Path("data").iterdir())), 4)
 
-    def test_the_file_is_made_once_and_anew_when_the_text_changes(self):
-        self.tokens()
-        [path] = Path("data").iterdir()
-        made = path.stat().st_mtime_ns
-        self.tokens()
-        self.assertEqual(path.stat().st_mtime_ns, made)
-        Path("text.txt").write_text("another text", encoding="utf-8")
-        self.assertEqual(bytes(self.tokens()[:-1].tolist()), b"another text")
+    def test_the_book_s_verdict_has_nine_steps_an_epoch(self):
+        rows = self.rows(range(int(5146 * 0.9)), T=256)          # 5,145 tokens and one end of text
+        self.assertEqual(len(rows) // pretrain.PRESETS["verdict"]["batch_size"], 9)
 
-    def test_a_vocabulary_above_65536_takes_32_bits(self):
-        tokenizer = tiktoken.Encoding(
-            "big", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={"<|endoftext|>": 70_000})
-        tokens = pretrain.tokens_on_disk([["ab"]], "x", tokenizer)
-        self.assertEqual((tokens.tolist(), tokens.dtype), ([97, 98, 70_000], np.uint32))
-
-    def test_memory_does_not_grow_with_the_text(self):
-        import tracemalloc
-        peaks = []
-        for repeats in (20, 200):  # 0.5 MB and 5 MB of text
-            Path("text.txt").write_text(TEXT * 10 * repeats, encoding="utf-8")
-            _, documents, stamp = pretrain.find_documents("quick", [Path("text.txt")])
-            small = [gpt.read_text_pieces("text.txt", size=100_000)]
-            tracemalloc.start()
-            tokens = pretrain.tokens_on_disk(small, stamp, gpt.load_tokenizer("bytes"))
-            peaks.append(tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-            self.assertEqual(len(tokens), len(TEXT) * 10 * repeats + 1)
-        self.assertLess(peaks[1], peaks[0] + 500_000)
+    def test_bits_per_byte_divides_by_bytes_not_tokens(self):
+        ranks = {**{bytes([i]): i for i in range(256)}, b"the ": 256}
+        tokenizer = gpt.make_tokenizer("t", ranks)
+        rows = self.rows([97, *[256] * 6, 257, *[98] * 9], T=16)       # targets: 24 + 0 + 9 bytes
+        model = tiny_model(vocab_size=258)
+        model.out_head.weight.data.zero_()                        # every token equally likely
+        args = mock.Mock(eval_batches=9, batch_size=2, prompt="a", seed=1)
+        row = pretrain.evaluate_rows(model, rows, tokenizer, args, torch.device("cpu"),
+                                     torch.float32)
+        self.assertAlmostEqual(row["val_loss"], math.log(258), places=5)
+        self.assertAlmostEqual(row["perplexity"], 258, places=2)
+        self.assertAlmostEqual(row["bits_per_byte"], 16 * math.log2(258) / 33, places=5)
 
 
-    @unittest.skipUnless(Path("/proc/self/status").exists(), "reads Linux's account of memory")
-    def test_reading_every_row_does_not_keep_the_file_in_memory(self):
-        def mapped():  # megabytes of files that the process holds
-            status = Path("/proc/self/status").read_text(encoding="ascii")
-            return int(re.search(r"RssFile:\s+(\d+)", status)[1]) / 1000
-
-        np.arange(20_000_000, dtype=np.uint16).tofile("tokens.bin")  # 40 MB
-        rows = pretrain.TokenRows(np.memmap("tokens.bin", np.uint16, mode="r")[:-5], T=1000)
-        before = mapped()
-        for row in range(rows.num_rows - 1):
-            x, _ = rows.batch([row])
-            self.assertEqual(int(x[0, 0]), row * 1000 % 65536)
-        first = rows.fingerprint()
-        self.assertLess(mapped(), before + 8)
-        self.assertEqual(first, pretrain.TokenRows(np.array(rows.tokens), T=1000).fingerprint())
-        self.assertNotEqual(first, pretrain.TokenRows(rows.tokens[1:], T=1000).fingerprint())
-
-
-class TestTrainingSteps(unittest.TestCase):
-    def test_unequal_small_batches_give_the_gradient_of_one_large_one(self):
-        rows = pretrain.TokenRows(np.random.default_rng(0).integers(0, 257, 70), T=16)
-        gradients, losses = [], []
-        for batch_size in (5, 2):      # 5 rows at once; or 2, 2 and the last, with 5 targets
-            model = tiny_model(drop_rate=0.0)
-            losses.append(pretrain.accumulate_gradients(
-                model, rows, np.arange(5), {"batch_size": batch_size, "dtype": torch.float32},
-                torch.device("cpu")))
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-4)
-        x, y = rows.batch(range(5))
-        expected = F.cross_entropy(tiny_model(drop_rate=0.0)(x)[y != -100], y[y != -100])
-        self.assertAlmostEqual(losses[0], expected.item(), places=5)
-        self.assertAlmostEqual(losses[1], expected.item(), places=5)
+class TestPretraining(InFolder):
+    def test_accumulated_batches_give_the_step_of_one_large_batch(self):
+        for name, split in (("a.pt", (6, 1)), ("b.pt", (2, 3))):
+            self.ok(*PRETRAIN, "--max-steps", 3, "--batch-size", split[0], "--grad-accum", split[1],
+                    "--out", name)
+        torch.testing.assert_close(weights("a.pt"), weights("b.pt"), atol=1e-4, rtol=1e-3)
 
     def test_learning_rate_rises_then_falls_as_half_a_cosine(self):
-        s = {"warmup_steps": 4, "total_steps": 14, "final_lr_share": 0.1}
-        self.assertEqual([pretrain.lr_factor(i, s) for i in range(4)], [0.25, 0.5, 0.75, 1.0])
-        self.assertAlmostEqual(pretrain.lr_factor(9, s), 0.55)           # half-way
-        self.assertAlmostEqual(pretrain.lr_factor(14, s), 0.1)
-        flat = {"warmup_steps": 0, "total_steps": 14, "final_lr_share": 1.0}
-        self.assertEqual({pretrain.lr_factor(i, flat) for i in range(14)}, {1.0})
+        factors = [pretrain.lr_factor(i, 41, 4, 0.1) for i in range(42)]
+        self.assertEqual(factors[:4], [0.25, 0.5, 0.75, 1.0])
+        self.assertAlmostEqual(factors[4], 1.0)
+        self.assertAlmostEqual(pretrain.lr_factor(23, 42, 4, 0.1), 0.55)  # half-way
+        self.assertAlmostEqual(factors[41], 0.1)
+        self.assertEqual({pretrain.lr_factor(i, 14, 0, 1.0) for i in range(14)}, {1.0})
 
     def test_only_matrices_decay_and_every_parameter_has_one_optimizer(self):
         for optimizer in ("adamw", "muon"):
             model = tiny_model(tie_embeddings=True)
-            settings = {"optimizer": optimizer, "lr": 1.0, "weight_decay": 0.1,
-                        "dtype": torch.float32}
-            groups = [g for o in pretrain.make_optimizers(model, settings) for g in o.param_groups]
-            held = [p for g in groups for p in g["params"]]
-            self.assertEqual({id(p) for p in held}, {id(p) for p in model.parameters()})
-            self.assertEqual(len(held), len(list(model.parameters())))
+            optimizers = pretrain.make_optimizers(model, optimizer, 1.0, 0.1, torch.float32)
+            groups = [group for o in optimizers for group in o.param_groups]
+            held = [id(p) for group in groups for p in group["params"]]
+            self.assertEqual(sorted(held), sorted(id(p) for p in model.parameters()))
             decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
             names = [n for n, p in model.named_parameters() if id(p) in decayed]
             self.assertTrue(all(n.endswith("weight") and "emb" not in n for n in names), names)
@@ -807,252 +991,90 @@ class TestTrainingSteps(unittest.TestCase):
         self.assertTrue(((singular_values > 0.6) & (singular_values < 1.3)).all())
 
     def test_gpt2_initial_values_shrink_where_a_block_adds(self):
-        model = tiny_model(emb_dim=64, n_layers=8, drop_rate=0.0)
-        pretrain.init_gpt2_weights(model)
+        model = tiny_model(emb_dim=64, n_layers=8)
+        pretrain.init_gpt2_weights(model, std=0.02)
         block = model.trf_blocks[0]
         self.assertAlmostEqual(block.ff.layers[0].weight.std().item(), 0.02, delta=0.001)
         self.assertAlmostEqual(block.ff.layers[2].weight.std().item(), 0.005, delta=0.0004)
         self.assertAlmostEqual(block.att.out_proj.weight.std().item(), 0.005, delta=0.0004)
 
-    def test_bits_per_byte_divides_by_bytes_not_tokens(self):
-        ranks = {**{bytes([i]): i for i in range(256)}, b"the ": 256}
-        tokenizer = tiktoken.Encoding("t", pat_str=r"the |.", mergeable_ranks=ranks,
-                                      special_tokens={"<|endoftext|>": 257})
-        tokens = np.array([97, *[256] * 6, 257, *[98] * 9])       # targets: 24 + 0 + 9 bytes
-        rows = pretrain.TokenRows(tokens, T=16)
-        model = tiny_model(vocab_size=258)
-        model.out_head.weight.data.zero_()                        # every token equally likely
-        nats, bits = pretrain.evaluate_rows(
-            model, rows, pretrain.bytes_per_token(tokenizer),
-            {"batch_size": 2, "eval_batches": 9, "dtype": torch.float32}, torch.device("cpu"))
-        self.assertAlmostEqual(nats, math.log(258), places=5)
-        self.assertAlmostEqual(bits, 16 * math.log2(258) / 33, places=5)
-
-
-class TestPretrainCommand(InFolder):
-    def test_it_trains_saves_and_the_checkpoint_writes(self):
-        status, out, err = call(pretrain.main, *SMALL_RUN, "--max-steps", 30, "--eval-every", 10)
-        self.assertEqual((status, err), (0, ""))
-        self.assertIn("bits/byte", out)
-        rows = Path("run.csv").read_text(encoding="utf-8").splitlines()
-        self.assertEqual(rows[0], "step,tokens,train_loss,val_loss,bits_per_byte")
-        self.assertEqual([r.split(",")[0] for r in rows[1:]], ["10", "20", "30"])
-        losses = [float(r.split(",")[3]) for r in rows[1:]]
-        self.assertLess(losses[-1], losses[0])
-        self.assertTrue(Path("run-best.pt").exists())
-        status, out, _ = call(gpt.main, "--checkpoint", "run.pt", "--prompt", "The")
-        self.assertEqual(status, 0)
-
-    def test_metrics_and_plot_never_take_the_checkpoint_s_name(self):
-        for name in ("run.csv", "run.png", "lr0.01"):
-            status, _, err = call(pretrain.main, *SMALL_RUN, "--max-steps", 1, "--out", name)
-            self.assertEqual((status, err), (0, ""))
-            gpt.load_checkpoint(name)
-            self.assertTrue(Path(name + ".csv").read_text(encoding="utf-8").startswith("step,"))
-
-    def test_started_from_a_checkpoint_it_keeps_model_and_tokenizer(self):
-        call(pretrain.main, *SMALL_RUN, "--max-steps", 1)
-        status, out, _ = call(pretrain.main, "--init", "run.pt", "--data", "text.txt",
-                              "--max-steps", 2, "--out", "next.pt")
-        self.assertEqual(status, 0)
-        self.assertEqual(gpt.load_checkpoint("next.pt")[2]["config"],
-                         gpt.load_checkpoint("run.pt")[2]["config"])
-
-    def test_what_torch_compile_traced_trains_and_writes_the_same(self):
-        run = (*SMALL_RUN, "--max-steps", 3, "--dtype", "float32")
-        ask = ("--checkpoint", "run.pt", "--prompt", "The", "--max-new-tokens", 12,  # slides
-               "--dtype", "float32")
-        call(pretrain.main, *run)
-        expected, (_, text, _) = weights("run.pt"), call(gpt.main, *ask)
-        compiled = functools.partial(torch.compile, backend="eager")  # needs no C++ compiler
-        with mock.patch.object(torch, "compile", compiled):
-            status, out, err = call(pretrain.main, *run, "--compile", "--out", "compiled.pt")
-            self.assertEqual((status, err), (0, ""))
-            self.assertIn("torch.compile and the first step took", out)
-            torch.testing.assert_close(weights("compiled.pt"), expected)
-            status, out, err = call(gpt.main, *ask, "--compile")
-        self.assertEqual((status, out), (0, text))
-        self.assertIn("torch.compile took", err)
-
     def test_the_quick_preset_needs_no_file_and_no_network(self):
         with mock.patch("requests.get", side_effect=AssertionError("network used")):
-            status, out, _ = call(pretrain.main, "--max-steps", 1, "--n-layers", 1,
-                                  "--eval-batches", 1, "--emb-dim", 12, "--n-heads", 1)
-        self.assertEqual(status, 0)
-        self.assertIn("Python's reference manual", out)
+            out = self.ok(pretrain.main, "--max-steps", 2, "--n-layers", 1, "--eval-batches", 1,
+                          "--emb-dim", 12, "--n-heads", 1)
+        for part in ("Python's reference manual", "perplexity", "bits per byte", "tokens/s"):
+            self.assertIn(part, out)
         self.assertTrue(Path("checkpoints/pretrained.pt").exists())
 
-    def test_the_verdict_preset_is_the_book_s(self):
-        preset = pretrain.PRESETS["verdict"]
-        self.assertEqual(preset["config"], {**GPT_CONFIG_124M, "context_length": 256})
-        self.assertEqual([preset[k] for k in ("batch_size", "lr", "weight_decay", "epochs",
-                                              "warmup_steps", "final_lr_share",
-                                              "clip")],
-                         [2, 4e-4, 0.1, 10, 0, 1.0, None])
+    def test_presets_are_the_defaults_that_help_shows(self):
+        args = pretrain.parse_arguments(["--preset", "verdict"])
+        self.assertEqual({name: vars(args)[name] for name in GPT_CONFIG_124M},
+                         {**GPT_CONFIG_124M, "context_length": 256})
+        self.assertEqual((args.batch_size, args.lr, args.weight_decay, args.epochs, args.max_steps,
+                          args.clip), (2, 4e-4, 0.1, 10, None, None))
+        args = pretrain.parse_arguments(["--size", "355M", "--n-heads", "8", "--epochs", "3"])
+        self.assertEqual((args.emb_dim, args.n_heads, args.epochs, args.max_steps),
+                         (1024, 8, 3, None))
+        self.assertEqual(pretrain.parse_arguments(["--init", "x.pt"]).lr, 1e-4)
+        status, out, _ = call(pretrain.main, "--preset", "gpt2", "--help")
+        self.assertRegex(out, r"\(default: 0.0006\)")
 
-    def test_an_interrupted_run_resumed_ends_with_the_same_weights(self):
-        run = (*SMALL_RUN, "--max-steps", 12, "--eval-every", 4)
-        model = {**TINY, "drop_rate": 0.2}                     # so that random numbers matter
-        with mock.patch.dict(pretrain.PRESETS["quick"], config=model):
-            call(pretrain.main, *run)
-            expected, log = weights("run.pt"), Path("run.csv").read_text(encoding="utf-8")
-            for stop_at in (1, 4, 7, 11):
-                for file in Path(".").glob("run*"):
-                    file.unlink()
-                steps, real = [], pretrain.accumulate_gradients
+    def test_started_from_a_checkpoint_it_keeps_model_and_tokenizer(self):
+        out = self.ok(pretrain.main, "--init", "tiny.pt", "--data", "text.txt", "--max-steps", 2,
+                      "--out", "next.pt")
+        self.assertEqual(gpt.load_checkpoint("next.pt")[2]["config"],
+                         gpt.load_checkpoint("tiny.pt")[2]["config"])
+        self.assertIn("gpt.py --checkpoint next.pt", out)
 
-                def interrupted(*args):                        # as if Ctrl-C came in this step
-                    steps.append(1)
-                    if len(steps) == stop_at:
-                        os.kill(os.getpid(), signal.SIGINT)
-                    return real(*args)
-
-                with mock.patch.object(pretrain, "accumulate_gradients", interrupted):
-                    status, out, _ = call(pretrain.main, *run)
-                self.assertEqual(status, 130)
-                self.assertIn(f"step {stop_at} is saved", out)
-                self.assertEqual(call(pretrain.main, *run, "--resume")[0], 0)
-                self.assertTrue(torch.equal(weights("run.pt"), expected), stop_at)
-                self.assertEqual(Path("run.csv").read_text(encoding="utf-8"), log)
-
-    def test_a_killed_run_resumed_ends_with_the_same_weights(self):
-        run = (*SMALL_RUN, "--max-steps", 300, "--eval-every", 10)
-        command = [sys.executable, str(ROOT / "pretrain.py"), *map(str, run), "--resume"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while not Path("run.pt").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        process.kill()                                          # SIGKILL: no chance to clean up
-        process.wait()
-        self.assertLess(gpt.load_checkpoint("run.pt")[2]["step"], 300)
-        self.assertEqual(call(pretrain.main, *run, "--resume")[0], 0)
-        resumed = weights("run.pt")
-        call(pretrain.main, *run)
-        self.assertTrue(torch.equal(resumed, weights("run.pt")))
-
-    def test_resuming_another_run_is_refused_and_changes_nothing(self):
-        call(pretrain.main, *SMALL_RUN, "--max-steps", 2)
-        before = Path("run.pt").read_bytes()
-        for flags, word in ((("--max-steps", 2, "--batch-size", 3), "--batch-size"),
-                            (("--max-steps", 2, "--seed", 9), "--seed"),
-                            (("--max-steps", 5), "--max-steps"),
-                            (("--max-steps", 2, "--emb-dim", 32), "emb_dim 16")):
-            status, _, err = call(pretrain.main, *SMALL_RUN, *flags, "--resume")
-            self.assertEqual(status, 1)
-            self.assertIn(word, err)
-        self.assertEqual(Path("run.pt").read_bytes(), before)
-
-    def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(self):
-        calls, real = [], pretrain.accumulate_gradients
-
-        def diverging(*args):
-            calls.append(1)
-            return math.nan if len(calls) == 6 else real(*args)
-
-        with mock.patch.object(pretrain, "accumulate_gradients", diverging):
-            status, _, err = call(pretrain.main, *SMALL_RUN, "--max-steps", 9, "--eval-every", 5)
-        self.assertEqual(status, 1)
-        self.assertIn("the loss is nan at step 6", err)
-        self.assertEqual(gpt.load_checkpoint("run.pt")[2]["step"], 5)
-        self.assertTrue(torch.isfinite(weights("run.pt")).all())
-
-    def test_two_processes_give_the_losses_of_one_and_resume_in_either(self):
-        run = [*map(str, SMALL_RUN), "--grad-accum", "2", "--batch-size", "3", "--max-steps"]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                    "--standalone", str(ROOT / "pretrain.py")]
-        done = subprocess.run([*torchrun, *run, "6", "--eval-every", "2"], capture_output=True,
-                              text=True, timeout=100)
+    def test_two_processes_give_the_losses_of_one(self):
+        run = [*map(str, PRETRAIN[1:]), "--grad-accum", "2", "--batch-size", "4", "--max-steps",
+               "6", "--eval-every", "2"]
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
+                               "2", "--standalone", str(ROOT / "pretrain.py"), *run],
+                              capture_output=True, text=True, timeout=100)
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        self.assertEqual(done.stdout.count("step 6 |"), 1)      # one process prints
         together = Path("run.csv").read_text(encoding="utf-8").splitlines()
-        self.assertEqual(done.stdout.count("step     6"), 1)      # one process prints
-        call(pretrain.main, *run, "6", "--eval-every", "2")
+        self.ok(pretrain.main, *run)
         alone = Path("run.csv").read_text(encoding="utf-8").splitlines()
-        self.assertEqual(len(alone), 4)
-        for a, b in zip(together[1:], alone[1:]):
+        self.assertEqual(len(alone), 5)
+        for a, b in zip(together[2:], alone[2:]):
             np.testing.assert_allclose([float(v) for v in a.split(",")],
-                                       [float(v) for v in b.split(",")], atol=1e-4)
-
-    def test_bad_input_is_one_sentence_and_nothing_is_written(self):
-        Path("empty.txt").touch()
-        Path("short.txt").write_text("too short", encoding="utf-8")
-        Path("latin.txt").write_bytes("café".encode("latin-1") * 100)
-        Path("binary.txt").write_bytes(b"a\0b" * 100)
-        Path("folder").mkdir()
-        Path("cut.pt").write_bytes(b"PK\3\4 not much")
-        cases = {
-            ("--data", "none.txt"): "none.txt is not there", ("--data", "empty.txt"): "is empty",
-            ("--data", "short.txt"): "10 tokens, but at least 2,571",
-            ("--data", "folder"): "no text",
-            ("--data", "latin.txt"): "not UTF-8 text", ("--data", "binary.txt"): "not a text file",
-            ("--tokenizer", "gpt9"): "unknown tokenizer", ("--device", "tpu"): "not available",
-            ("--tokenizer", "none.tiktoken"): "none.tiktoken is not there",
-            ("--out", "folder"): "cannot write folder", ("--n-heads", 5): "cannot be shared out",
-            ("--out", "text.txt/x.pt"): "cannot write", ("--init", "none.pt"): "no checkpoint",
-            ("--init", "cut.pt"): "cut short", ("--out", "cut.pt", "--resume"): "cut short",
-            ("--preset", "gpt2"): "--data FILE-OR-FOLDER"}
-        for flags, reason in cases.items():
-            status, out, err = call(pretrain.main, *flags)
-            self.assertEqual((status, out), (1, ""), flags)
-            self.assertIn(reason, err)
-            self.assertEqual(err.strip().count("\n"), 0, err)
-        for flags in (("--batch-size", 0), ("--max-steps", -1), ("--lr", "nan"), ("--lr", 0),
-                      ("--epochs", "x"), ("--preset", "none"), ("--val-share", 1.5),
-                      ("--dtype", "x"), ("--init", "a.pt", "--tokenizer", "bytes"), ("--lr", "inf"),
-                      ("--eval-every", 0)):
-            status, out, err = call(pretrain.main, *flags)
-            self.assertEqual((status, out, err.count("\n")), (2, "", 1), (flags, err))
-        self.assertFalse(Path("checkpoints/pretrained.pt").exists())
-
-    def test_without_a_network_the_error_says_where_to_put_the_file(self):
-        import requests
-        with mock.patch("requests.get", side_effect=requests.exceptions.ConnectionError):
-            status, _, err = call(pretrain.main, "--preset", "verdict")
-        self.assertEqual(status, 1)
-        self.assertIn(os.path.join("data", "the-verdict.txt"), err)
-        self.assertIn("https://raw.githubusercontent.com", err)
+                                       [float(v) for v in b.split(",")], atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------
-# tokenizer.py: words and byte pairs
+# tokenizer.py
 
-HOSTILE = [
-    "", " ", "  ", "\n", " \n\n \t x  ", "a\r\nb\rc\x0bd\x0ce",
-    "\x00\x01\x1b[31m\x1c\x1d\x1e\x1f\x7f\x85",
-    "a\x1cb !\x1c x", "tab\tand\u00a0nbsp\u2003em\u2028ls\u2029ps\u3000wide\u200bzero\ufeffbom",
-    "".join(map(chr, [9, 10, 11, 12, 13, 32, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028,
-                      0x2029, 0x202f, 0x205f, 0x3000])), "x" + " " * 1000 + "y", "\n" * 300,
+STRINGS = [
+    "", " ", "  ", "\n", " \n\n \t x  ", "a\r\nb\rc\x0bd\x0ce", "a\x1cb !\x1c x",
+    "\x00\x01\x1b[31m\x1c\x1d\x1e\x1f\x7f\x85", "x" + " " * 1000 + "y", "\n" * 300,
+    "tab\tand\u00a0nbsp\u2003em\u2028ls\u2029ps\u3000wide\u200bzero\ufeffbom",
     "e\u0301 n\u0303 \u0301\u0301\u0301 Z\u0351\u036b\u0343a\u0321\u034al\u0310",
-    "\u0928\u092e\u0938\u094d\u0924\u0947",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 "
-    "\U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd \u2764\ufe0f",
-    "0123 \u0660\u0661\u0662 \u0967\u0968 \uff11\uff12 \u00bd\u00b2 \u2167 \U0001d7d8 3.14 1,000",
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "\u4f60\u597d\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4 \u0e2a\u0e27\u0e31",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd",
+    "0123 \u0660\u0661\u0662 \u0967\u0968 \uff11\uff12 \u00bd\u00b2 \u2167 3.14 1,000",
     "I'm you're he's we've I'd they'll can't 'tis I'M YOU'RE HE'S WE'VE I'D THEY'LL CAN'T",
-    "it's' 's's ''s 'll'l 'v've o'clock rock'n'roll \u2019s it\u2019s",
-    "<|endoftext|>", "<|unk|> <|endoftext|",
-    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u4f60\u597d\u4e16\u754c "
-    "\u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
-    "\uffff\U0010ffff\ufdd0 \ue000",
-    "--- ... !!! ?!?! ((())) $$$ a_b_c C++ x==y //",
-    "i\u0307 \u0130 \u01c5 \ufb01 \u00df \u1e9e",
+    "it's' 's's ''s 'll'l 'v've o'clock rock'n'roll \u2019s it\u2019s", "<|unk|> <|endoftext|",
+    "<|endoftext|>", "a<|endoftext|> b<|endoftext|><|endoftext|>", "i\u0307 \u01c5 \ufb01 \u1e9e",
+    "--- ... !!! ?!?! ((())) $$$ a_b_c C++ x==y //", "a" * 5000, "7" * 5000, "é" * 2500,
+    "".join(random.Random(2).choices("abcdefghij", k=20_000)),
 ]
 
 
-def fuzz(seed, strings, length):
-    """Strings with a fixed seed, of words, marks, white space and characters from everywhere."""
+def fuzz(seed, strings):
+    """Strings with a fixed seed, of words, marks, white space and letters from everywhere."""
     r = random.Random(seed)
     parts = ["the", " quick", "'s", "'LL", "'", " ", "  ", "\n", "\t", "\u00a0", "\u3000", "1",
-             "٣", "\u0301", "\u200d", "👍", "é", "ß", "<|endoftext|>", "_",
-             "--", "中文", "\x1c", "\x85"]
-    return ["".join(r.choice(parts) if r.random() < 0.8 else
-                    chr(r.choice([r.randrange(0xd800), r.randrange(0xe000, 0x110000)]))
-                    for _ in range(r.randrange(length))) for _ in range(strings)]
+             "٣", "\u0301", "\u200d", "👍", "é", "ß", "<|endoftext|>", "_", "--", "中文", "\x1c"]
+    return ["".join(r.choice(parts) if r.random() < 0.8 else chr(r.randrange(0x250))
+                    for _ in range(r.randrange(60))) for _ in range(strings)]
 
 
 class TestWords(unittest.TestCase):
-
     @needs("the-verdict.txt")
-    def test_ids_are_the_books(self):
+    def test_ids_are_the_book_s(self):
         vocab = tok.build_vocab((ROOT / "data/the-verdict.txt").read_text(encoding="utf-8"))
         self.assertEqual(len(vocab), 1132)
         v1, v2 = tok.SimpleTokenizerV1(vocab), tok.SimpleTokenizerV2(vocab)
@@ -1067,34 +1089,26 @@ class TestWords(unittest.TestCase):
         self.assertEqual(v2.decode(ids), "<|unk|>, do you like tea? <|endoftext|> In the sunlit "
                                          "terraces of the <|unk|>.")
 
-    def test_unknown_word_and_id(self):
+    def test_an_unknown_word_is_named(self):
         v1 = tok.SimpleTokenizerV1(tok.build_vocab("a cat, a dog."))
         self.assertEqual(v1.decode(v1.encode("a dog , a cat .")), "a dog, a cat.")
         with self.assertRaisesRegex(KeyError, "mouse"):
             v1.encode("a mouse")
-        with self.assertRaisesRegex(ValueError, "99"):
-            v1.decode([99])
 
 
-class TestBPETraining(unittest.TestCase):
-
-    def test_wikipedias_example(self):
+class TestBytePairs(InFolder):
+    def test_wikipedia_s_example(self):
         # aaabdaaabac -> ZabdZabac (Z = aa) -> ZYdZYac (Y = ab) -> XdXac (X = ZY)
-        ids, pairs = list(b"aaabdaaabac"), []
-        for new_id in (256, 257, 258):
-            pair, count, ids = tok.merge_once(ids, new_id)
-            pairs.append((pair, count))
-        self.assertEqual(pairs, [((97, 97), 4), ((97, 98), 2), ((256, 257), 2)])
+        merges, ids = tok.train_simple("aaabdaaabac", 3)
+        self.assertEqual(merges, [((97, 97), 4), ((97, 98), 2), ((256, 257), 2)])
         self.assertEqual(ids, [258, 100, 258, 97, 99])
-        self.assertEqual(list(islice(tok.learn_merges({b"aaabdaaabac": 1}), 3)),
-                         [(b"a", b"a", 4), (b"a", b"b", 2), (b"aa", b"ab", 2)])
         t = tok.BPETokenizer()
         t.train("aaabdaaabac", 260)
         self.assertEqual(t.encode("aaabdaaabac"), [258, 100, 258, 97, 99])
 
-    def test_fast_trainer_does_what_the_definition_says(self):
+    def test_the_fast_trainer_does_what_the_definition_says(self):
         r = random.Random(0)
-        for _ in range(200):
+        for _ in range(100):
             chunks = {bytes(r.choices(b"abc", k=r.choice([1, 3, 8, 30]))): r.randint(1, 9)
                       for _ in range(8)}
             self.assertEqual(list(tok.learn_merges(chunks)), self.by_definition(chunks))
@@ -1116,506 +1130,103 @@ class TestBPETraining(unittest.TestCase):
                 merges.append((*pair, counts[pair]))
             for k, (row, n) in enumerate(rows):
                 merged = []
-                for token in row:  # `done` marks a token that came out of this merge
+                for token in row:  # the flag marks a token that came out of this merge
                     if merged and (merged[-1], token) == ((pair[0], False), pair[1]):
                         merged[-1] = (joined, True)
                     else:
                         merged.append((token, False))
                 rows[k] = ([token for token, _ in merged], n)
 
-    def test_str_pieces_and_tokens_do_not_differ(self):
-        text = "the cat sat on the mat; the cat ate the rat. " * 20  # 45 characters
-        whole, pieces = tok.BPETokenizer(), tok.BPETokenizer()
-        whole.train(text, 270)
-        pieces.train((text[i:i + 45] for i in range(0, len(text), 45)), 270)
-        self.assertEqual(whole.ranks, pieces.ranks)
-        self.assertEqual((whole.n_vocab, whole.special_tokens), (270, {"<|endoftext|>": 269}))
-
-    def test_special_tokens_are_not_learned_as_text(self):
-        t = tok.BPETokenizer()
-        t.train("<|endoftext|>ab ab<|endoftext|>ab ab" * 9, 259, ["<|endoftext|>", "<|x|>"])
-        self.assertEqual(list(t.ranks)[256:], [b"ab"])
-        self.assertEqual(t.special_tokens, {"<|endoftext|>": 257, "<|x|>": 258})
-        self.assertEqual(t.encode("<|x|>ab", allowed_special="all"), [258, 256])
-
-    def test_too_small_a_vocabulary_or_text(self):
-        t = tok.BPETokenizer()
-        with self.assertRaisesRegex(gpt.UserError, "at least 257"):
-            t.train("text", 256)
-        t.train("text", 257)
-        self.assertEqual(t.encode("te"), [116, 101])
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            t.train("aaaa", 5000)  # aa, aaaa
-        self.assertIn("there were 2,", err.getvalue())
-        self.assertEqual((t.n_vocab, t.encode("aaaa")), (259, [257]))
-        for bad in ("<|endoftext|>", ["a", "a"], [""]):
-            with self.assertRaises(gpt.UserError):
-                t.train("text", 300, special_tokens=bad)
-
-    def test_one_huge_chunk_takes_linear_time(self):
-        r = random.Random(0)
-
-        def seconds(chunk):
-            t, start = tok.BPETokenizer(), time.process_time()
-            t.train(chunk, 1000)
-            self.assertEqual(t.decode(t.encode(chunk)), chunk)
-            return time.process_time() - start
-
-        with contextlib.redirect_stderr(io.StringIO()):
-            for make in (lambda n: "a" * n, lambda n: "".join(r.choices("abcdefgh", k=n))):
-                seconds(make(1000))
-                # 8 times the length: 8 times the time if linear, 64 if quadratic
-                self.assertLess(seconds(make(160_000)), 25 * seconds(make(20_000)))
-
-
-class TestBPETokenizer(unittest.TestCase):
-
-    def setUp(self):
-        self.dir = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
-    @classmethod
-    def setUpClass(cls):
-        os.chdir(ROOT)
-        if (ROOT / "data/vocab.bpe").exists() and (ROOT / "data/encoder.json").exists():
-            cls.ours, cls.theirs = tok.BPETokenizer.from_gpt2(), gpt.load_tokenizer("gpt2")
-
-    def same(self, text):
-        ids = self.ours.encode(text)
-        if ids != self.theirs.encode_ordinary(text) or self.ours.decode(ids) != text:
-            self.fail(f"not as tiktoken, or no round trip: {text[:200]!r}")
-
-    @needs("vocab.bpe", "encoder.json")
-    def test_gpt2_is_tiktokens_on_hostile_strings(self):
-        self.assertEqual(self.ours.n_vocab, self.theirs.n_vocab)
-        for text in HOSTILE + fuzz(seed=1, strings=2000, length=60):
-            self.same(text)
-
-    @needs("vocab.bpe", "encoder.json")
-    def test_gpt2_is_tiktokens_on_long_runs(self):
-        r = random.Random(2)
-        for text in ("a" * 50_000, " " * 50_000, "\n" * 50_000 + "x", "!" * 50_000, "7" * 50_000,
-                     "é" * 25_000, "👍" * 12_500, "".join(r.choices("abcdefghij", k=50_000))):
-            self.same(text)
-
-    @needs("vocab.bpe", "encoder.json")
-    def test_gpt2_is_tiktokens_on_every_assigned_code_point(self):
-        for block in range(0, 0x110000, 256):  # beside each kind of character
-            self.same("".join(f"a{c}1 {c}{c} {c}'s " for c in map(chr, range(block, block + 256))
-                              if unicodedata.category(c) not in ("Cn", "Cs")))
-
-    @needs("vocab.bpe", "encoder.json")
-    def test_gpt2_is_tiktokens_on_special_tokens(self):
-        text = "a<|endoftext|> b<|endoftext|><|endoftext|>"
-        for allowed in (set(), {"<|endoftext|>"}, "all"):
-            self.assertEqual(self.ours.encode(text, allowed_special=allowed), self.theirs.encode(
-                text, allowed_special=allowed, disallowed_special=()))
-
-    @needs("vocab.bpe", "encoder.json")
-    def test_gpt2_decodes_any_ids_as_tiktoken_does(self):
+    @needs("vocab.bpe", "tiktoken")
+    def test_gpt2_s_tokens_are_tiktoken_s(self):
+        ours, theirs = tok.BPETokenizer.from_gpt2(ROOT / "data/vocab.bpe"), tiktoken.get_encoding(
+            "gpt2")
+        self.assertEqual((ours.name, ours.n_vocab, ours.eot_token), ("gpt2", 50257, 50256))
+        for text in STRINGS + fuzz(seed=1, strings=1000):
+            for allowed in (set(), {"<|endoftext|>"}):
+                ids = ours.encode(text, allowed_special=allowed)
+                self.assertEqual(ids, theirs.encode(text, allowed_special=allowed,
+                                                    disallowed_special=()), text[:80])
+                self.assertEqual(ours.decode(ids), text)
         r = random.Random(3)
-        for _ in range(200):
+        for _ in range(100):                                # any IDs, also half characters
             ids = [r.randrange(50257) for _ in range(20)]
-            self.assertEqual(self.ours.decode(ids), self.theirs.decode(ids))
+            self.assertEqual(ours.decode(ids), theirs.decode(ids))
 
-    def test_any_text_round_trips_in_a_trained_vocabulary_that_tiktoken_reads(self):
-        t = tok.BPETokenizer()
-        texts = HOSTILE + fuzz(seed=4, strings=300, length=60)
-        t.train(texts[::2], 600, ["<|endoftext|>", "<|user|>"])
-        t.save(self.dir / "a.tiktoken")
-        again = tok.BPETokenizer.load(self.dir / "a.tiktoken")
-        theirs = gpt.load_tokenizer(str(self.dir / "a.tiktoken"))
-        ranks = tiktoken.load.load_tiktoken_bpe(str(self.dir / "a.tiktoken"))
-        self.assertEqual((ranks, theirs.n_vocab), (t.ranks, 600))
-        for text in texts + ["a<|user|>b<|endoftext|>"]:
+    def test_a_trained_vocabulary_round_trips_any_text_and_tiktoken_reads_it(self):
+        texts = STRINGS + fuzz(seed=4, strings=300)
+        for name in ("a.tiktoken", "b.tiktoken"):
+            t = tok.BPETokenizer()
+            t.train(texts[::2], 600)
+            t.save(name)
+        self.assertEqual(Path("a.tiktoken").read_bytes(), Path("b.tiktoken").read_bytes())
+        again, theirs = tok.BPETokenizer.load("a.tiktoken"), gpt.load_tokenizer("a.tiktoken")
+        self.assertEqual((t.n_vocab, theirs.n_vocab, t.eot_token), (600, 600, 599))
+        for text in texts:
             ids = t.encode(text, allowed_special="all")
             self.assertEqual(ids, again.encode(text, allowed_special="all"))
             self.assertEqual(ids, theirs.encode(text, allowed_special="all"))
             self.assertEqual(t.decode(ids), text)
+        with mock.patch.object(tok.BPETokenizer, "MOST_CACHED", 3):
+            self.assertEqual(again.encode(texts[-1]), t.encode(texts[-1]))
 
-    def test_training_twice_gives_the_same_files(self):
-        text = " ".join(fuzz(seed=5, strings=100, length=60))
-        for name in "ab":
-            t = tok.BPETokenizer()
-            t.train(text, 500)
-            t.save(self.dir / "new" / name)
-        for end in ("", ".json"):
-            self.assertEqual((self.dir / f"new/a{end}").read_bytes(),
-                             (self.dir / f"new/b{end}").read_bytes())
-        self.assertEqual(sorted(os.listdir(self.dir / "new")), ["a", "a.json", "b", "b.json"])
+    def test_pieces_do_not_differ_from_the_whole_and_the_end_of_text_is_not_learned(self):
+        text = "the cat sat on the mat; the cat ate the rat. " * 20  # 45 characters
+        whole, pieces = tok.BPETokenizer(), tok.BPETokenizer()
+        whole.train(text, 270)
+        pieces.train((text[i:i + 45] for i in range(0, len(text), 45)), 270)
+        self.assertEqual(whole._mergeable_ranks, pieces._mergeable_ranks)
+        whole.train("<|endoftext|>ab ab<|endoftext|>ab ab" * 9, 258)
+        self.assertEqual(list(whole._mergeable_ranks)[256:], [b"ab"])
 
-    def test_forgetting_the_cache_changes_nothing(self):
+    def test_too_small_a_vocabulary_or_text(self):
         t = tok.BPETokenizer()
-        texts = fuzz(seed=6, strings=100, length=60)
-        expected = [t.encode(text) for text in texts]
-        t._cache.clear()
-        with mock.patch.object(tok.BPETokenizer, "CACHE_CHUNKS", 3):
-            self.assertEqual([t.encode(text) for text in texts], expected)
-            self.assertLessEqual(len(t._cache), 3)
+        with self.assertRaisesRegex(UserError, "at least 257"):
+            t.train("text", 256)
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            t.train("aaaa", 5000)  # aa, aaaa
+        self.assertIn("there were 2,", err.getvalue())
+        self.assertEqual((t.n_vocab, t.encode("aaaa")), (259, [257]))
+        with self.assertRaisesRegex(ValueError, "surrogates"):
+            t.encode("ab\ud83d")
 
-    def test_what_has_no_tokens_is_an_error_that_says_so(self):
+    def test_a_text_without_white_space_is_cut_into_equal_chunks(self):
+        counts = Counter()
+        tok.count_chunks("a" * 5_000_500, counts)
+        self.assertEqual(counts, {"a" * 1000: 5000, "a" * 500: 1})
+
+    def test_it_serves_wherever_the_stages_take_a_tokenizer(self):
         t = tok.BPETokenizer()
-        for text in (5, None, b"bytes", ["a"]):
-            with self.assertRaisesRegex(TypeError, f"not {type(text).__name__}"):
-                t.encode(text)
-        for use in (t.encode, lambda text: t.train(text, 300)):
-            with self.assertRaisesRegex(ValueError, "lone surrogate, U[+]D83D at position 2"):
-                use("ab\ud83d")
-        for bad in (257, -1, 10**20):
-            with self.assertRaisesRegex(ValueError, f"token id {bad} .* 0 to 256"):
-                t.decode([65, bad])
-        self.assertEqual(t.decode([0xe2, 0x82]), "\ufffd")
-        self.assertEqual(t.decode([]), "")
+        t.train(TEXT, 300)
+        self.assertEqual(gpt.text_to_token_ids("mat<|endoftext|>", t)[0, -1], t.eot_token)
+        self.assertEqual(len(clf.SpamDataset([("ham", "the mat")], t)), 1)
+        entry = {"instruction": "Sit.", "input": "", "output": "The mat"}
+        data = instruct.InstructionDataset([entry], t)
+        self.assertEqual(t.decode(data[0][data.prompt_lengths[0]:]), "The mat")
+        gpt.save_checkpoint("t.pt", tiny_model(vocab_size=t.n_vocab), t)
+        self.assertEqual(gpt.load_checkpoint("t.pt")[1].encode(TEXT), t.encode(TEXT))
+        self.assertEqual("".join(gpt.decode_stream(t.encode(TEXT), t)), TEXT)
 
-    def test_broken_files_are_one_sentence(self):
-        t, path = tok.BPETokenizer(), self.dir / "x.tiktoken"
-        t.train("aaaa bbbb", 262)
-        t.save(path)
-        good = path.read_text(encoding="ascii").split("\n")
-        extra = base64.b64encode(b"zz").decode()
-        for broken in ("", "\n".join(good[:-2] + ["!!!! 260"]),
-                       "\n".join(good[:-1] + [extra + " 999"]),
-                       "\n".join(good[:-1] + [good[-2]]), "\n".join(good[1:]), "é",
-                       good[0] + " 1"):
-            path.write_text(broken, encoding="utf-8")
-            with self.assertRaises(gpt.UserError):
-                tok.BPETokenizer.load(path)
-        path.write_text("\n".join(good), encoding="ascii")
-        for sidecar in ("{", "[]", '{"special_tokens": {"a": 3}}', '{"pat_str": "("}',
-                        '{"pat_str": "(a)|."}', '{"pat_str": 3}'):
-            Path(f"{path}.json").write_text(sidecar, encoding="utf-8")
-            with self.assertRaises(gpt.UserError):
-                tok.BPETokenizer.load(path)
-        with self.assertRaises(gpt.UserError):
-            tok.BPETokenizer.load(self.dir / "missing")
-        with self.assertRaisesRegex(gpt.UserError, "not the two files"):
-            tok.BPETokenizer.from_gpt2(path, path)
-
-
-class TestTokenizerCommands(unittest.TestCase):
-
-    def setUp(self):
-        self.dir = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.dir)
-
-    def main(self, *args):
-        with contextlib.redirect_stdout(io.StringIO()) as out, \
-                contextlib.redirect_stderr(io.StringIO()) as err:
-            tok.main([str(arg) for arg in args])
-        return out.getvalue() + err.getvalue()
-
-    def test_walk_needs_no_file(self):
-        out = self.main()
-        for part in ("KeyError: 'pancakes'", "' ' + 'b'    seen", "gives back every byte: True",
-                     "encode --tokenizer gpt2"):
+    def test_the_walk_needs_no_file_and_the_commands_train_and_encode(self):
+        out = self.ok(tok.main)
+        for part in ("KeyError: 'pancakes'", "seen 29 times", "gives back every byte: True"):
             self.assertIn(part, out)
-        self.assertNotIn("\x1b", out)
-
-    def test_train_encode_compare(self):
-        Path("a.txt").write_text("the cat sat on the mat. " * 100, encoding="utf-8")
-        Path("b.txt").write_text("the rat sat on the cat. " * 100, encoding="utf-8")
-        out = self.main("train", "a.txt", "b.txt", "--vocab-size", 270, "--out", "new/x.tiktoken")
-        self.assertRegex(out, r"held out 4\d\d bytes, (?s:.*) [2-9]\.\d\d bytes per token")
-        ids = gpt.load_tokenizer("new/x.tiktoken").encode_ordinary("the cat")
-        out = self.main("encode", "--tokenizer", "new/x.tiktoken", "the cat")
+        self.write("text.txt", TEXT + "A last tenth that training does not see. " * 8)
+        out = self.ok(tok.main, "train", "text.txt", "--vocab-size", 280, "--out", "my.tiktoken")
+        self.assertIn("trained  280 tokens", out)
+        self.assertIn("bytes per token", out)
+        out = self.ok(tok.main, "encode", "--tokenizer", "my.tiktoken", "mat\x1b<|endoftext|>",
+                      "--allow-special")
+        ids = tok.BPETokenizer.load("my.tiktoken").encode("mat\x1b<|endoftext|>", "all")
         self.assertEqual(out.split("\n")[0], " ".join(map(str, ids)))
-        self.assertEqual(out.split("\n")[1].replace("|", ""), "the cat")
-        self.assertIn("every token is the same",
-                      self.main("compare", "a.txt", "--tokenizer", "new/x.tiktoken"))
-
-    def test_train_says_when_the_text_is_too_small(self):
-        Path("a.txt").write_text("ab ab", encoding="utf-8")
-        self.assertIn("too small for 243 merges", self.main("train", "a.txt", "--vocab-size", 500))
-        self.assertTrue(Path("checkpoints/my.tiktoken").exists())
-
-    def test_bad_input_is_one_sentence(self):
-        Path("empty").touch()
-        Path("binary").write_bytes(bytes(range(256)))
-        Path("good").write_text("good text", encoding="utf-8")
-        for args in (["train", "missing"], ["train", "good", "empty"], ["train", "binary"],
-                     ["train", "."], ["train", "good", "--vocab-size", 256], ["compare", "missing"],
-                     ["encode", "--tokenizer", "missing", "x"],
-                      ["encode", "--tokenizer", "good", "x"],
-                     ["encode", "--tokenizer", "bytes", "\udcff"], ["train", "good", "--out", "."]):
-            with self.subTest(args=args):
-                with self.assertRaises(gpt.UserError) as caught:
-                    self.main(*args)
-                self.assertNotIn("\n", str(caught.exception))
-
-    def test_show_escapes_what_a_terminal_would_obey(self):
-        self.assertEqual(tok.show([b"a\n", b"\x1b[31m", "é".encode()[:1], "é".encode()]),
-                         r"a\n|\x1b[31m|\xc3|é")
-        stdout = io.StringIO()
-        stdout.isatty = lambda: True
-        with mock.patch.object(sys, "stdout", stdout):
-            with mock.patch.dict(os.environ, {"NO_COLOR": "1"}):
-                self.assertNotIn("\x1b", tok.show([b"a", b"b"]))
-            with mock.patch.dict(os.environ):
-                os.environ.pop("NO_COLOR", None)
-                self.assertIn("\x1b", tok.show([b"a", b"b"]))
-
-    def test_pieces_of_a_file_have_the_chunks_of_the_whole(self):
-        text = " ".join(HOSTILE + fuzz(seed=7, strings=50, length=60)).replace("\0", "")
-        Path("a.txt").write_text(text, encoding="utf-8", newline="")
-        whole = tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, text)
-        for size in (1, 2, 3, 7, 50, 1000):
-            pieces = list(gpt.read_text_pieces("a.txt", size=size))
-            chunks = [c for p in pieces for c in tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, p)]
-            self.assertEqual(chunks, whole)
+        self.assertIn("\\x1b|<|endoftext|>", out)          # shown, not obeyed
 
 
 # ---------------------------------------------------------------------------------------------
-# gpt.download, against a server that misbehaves
+# load_gpt2.py: in. Small files in both formats, and GPT-2 in twenty lines of numpy to say what the
+# logits must be.
 
-FILE = bytes(range(256)) * 800  # 204,800 bytes
-FILE_SHA256 = hashlib.sha256(FILE).hexdigest()
-
-
-class DownloadTest(unittest.TestCase):
-    """Each test gives the server a list of answers, one per request; the last one repeats."""
-
-    def setUp(self):
-        test, self.asked, self.answers = self, [], [self.whole]
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                test.asked.append((self.path, self.headers.get("Range")))
-                answer = test.answers[0] if len(test.answers) == 1 else test.answers.pop(0)
-                with contextlib.suppress(ConnectionError):
-                    answer(self)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.stalled = threading.Event()
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/file"
-        folder = tempfile.TemporaryDirectory()
-        self.path = Path(folder.name) / "deep" / "file.bin"
-        self.part = Path(f"{self.path}.part")
-        no_proxy = mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1"})
-        no_proxy.start()
-        for clean in (folder.cleanup, self.server.server_close, self.server.shutdown,
-                      self.stalled.set, no_proxy.stop):
-            self.addCleanup(clean)
-
-    # The answers.
-
-    def send(self, request, body, status=200, length=None, headers=()):
-        request.send_response(status)
-        for name, value in headers:
-            request.send_header(name, value)
-        if length != "unknown":
-            request.send_header("Content-Length", len(body) if length is None else length)
-        request.end_headers()
-        request.wfile.write(body)
-        request.wfile.flush()
-
-    def whole(self, request, headers=()):
-        self.send(request, FILE, headers=headers)
-
-    def ranged(self, request):
-        if not request.headers.get("Range"):
-            return self.whole(request)
-        start = int(request.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-        if start >= len(FILE):
-            return self.send(request, b"<html>", 416, headers=[
-                ("Content-Range", f"bytes */{len(FILE)}"), ("Content-Type", "text/html")])
-        self.send(request, FILE[start:], 206, headers=[
-            ("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")])
-
-    def cut(self, request):  # half, then the connection is closed
-        self.send(request, FILE[:100_000], length=len(FILE))
-        request.close_connection = True
-
-    def stall(self, request):  # half, then silence
-        self.send(request, FILE[:100_000], length=len(FILE))
-        self.stalled.wait(5)
-
-    def status(self, number, headers=()):
-        return lambda request: self.send(request, b"no", number, headers=headers)
-
-    # What must hold.
-
-    def fetch(self, *urls, sha256=None, timeout=1):
-        with contextlib.redirect_stdout(io.StringIO()):
-            return gpt.download(urls or [self.url], self.path, sha256, timeout)
-
-    def check_file(self, requests=None):
-        self.assertEqual(self.path.read_bytes(), FILE)
-        self.assertFalse(self.part.exists())
-        if requests:
-            self.assertEqual([asked[1] for asked in self.asked], requests)
-
-    def check_fails(self, words, *urls, sha256=None):
-        with self.assertRaises(UserError) as caught:
-            self.fetch(*urls, sha256=sha256)
-        self.assertIn(words, str(caught.exception))
-        self.assertIn(str(self.path), str(caught.exception))  # where to put it by hand
-        self.assertFalse(self.path.exists())
-
-    def test_a_file_that_is_there_needs_no_network(self):
-        self.path.parent.mkdir()
-        self.path.write_bytes(b"mine")
-        self.assertEqual(self.fetch(), self.path)
-        self.assertEqual((self.path.read_bytes(), self.asked), (b"mine", []))
-
-    def test_redirect_whose_first_answer_announces_the_checksum(self):
-        for etag in (f'"{FILE_SHA256}"', f'W/"{FILE_SHA256}"', FILE_SHA256):
-            self.answers = [self.status(302, [("Location", "/cdn"), ("X-Linked-Etag", etag)]),
-                            lambda r: self.whole(r, [("ETag", '"' + 64 * "0" + '"')])]
-            self.fetch()
-            self.check_file()
-            self.path.unlink()
-        self.assertEqual([path for path, _ in self.asked], ["/file", "/cdn"] * 3)
-        wrong = ("X-Linked-Etag", '"' + 64 * "0" + '"')
-        self.answers = [self.status(302, [("Location", "/cdn"), wrong]), self.whole]
-        self.check_fails("wrong content")
-        self.assertFalse(self.part.exists())
-
-    def test_an_etag_that_is_no_checksum_is_not_taken_for_one(self):
-        self.answers = [lambda r: self.whole(r, [("ETag", '"0x8D5"')])]
-        self.fetch()
-        self.check_file()
-
-    def test_404_then_the_next_address(self):
-        self.answers = [self.status(404), self.whole]
-        self.fetch(self.url, self.url + "2")
-        self.check_file()
-        self.assertEqual([path for path, _ in self.asked], ["/file", "/file2"])
-
-    def test_500_then_success(self):
-        self.answers = [self.status(500), self.status(503), self.whole]
-        self.fetch()
-        self.check_file([None] * 3)
-
-    def test_500_for_ever_is_an_error_with_the_reason(self):
-        self.answers = [self.status(500)]
-        self.check_fails("500 Internal Server Error")
-        self.assertEqual(len(self.asked), 3)
-
-    def test_a_cut_connection_resumes_where_it_broke(self):
-        self.answers = [self.cut, self.ranged]
-        self.fetch()
-        self.check_file([None, "bytes=100000-"])
-
-    def test_a_connection_that_breaks_often_gets_there(self):
-        def some(request):  # 30,000 bytes, then the end
-            start = int((request.headers.get("Range") or "bytes=0-")[6:-1])
-            self.send(request, FILE[start:start + 30_000], 206 if start else 200,
-                      len(FILE) - start,
-                      [("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")])
-            request.close_connection = True
-        self.answers = [some]
-        self.fetch()
-        self.check_file()
-        self.assertEqual(len(self.asked), 7)
-
-    def test_a_server_that_ignores_range(self):
-        self.answers = [self.cut, self.whole]
-        self.fetch()
-        self.check_file([None, "bytes=100000-"])
-
-    def test_a_server_that_resumes_elsewhere(self):
-        self.answers = [self.cut, lambda r: self.send(r, FILE[5:], 206, headers=[
-            ("Content-Range", f"bytes 5-{len(FILE) - 1}/{len(FILE)}")]), self.whole]
-        self.fetch()
-        self.check_file([None, "bytes=100000-", None])
-
-    def test_a_stalled_connection_is_given_up_and_resumed(self):
-        self.answers = [self.stall, self.ranged]
-        self.fetch(timeout=0.3)
-        self.check_file()
-        self.assertGreater(int(self.asked[1][1][6:-1]), 80_000)
-
-    def test_a_server_that_says_nothing(self):
-        self.answers = [lambda r: self.stalled.wait(5)]
-        with self.assertRaisesRegex(UserError, "no answer within 0.2 s"):
-            self.fetch(timeout=0.2)
-
-    def test_a_partial_file_of_an_earlier_run(self):
-        self.path.parent.mkdir()
-        for size in (1, 100_000, len(FILE)):  # all of it: 416, and the checksum still counts
-            self.part.write_bytes(FILE[:size])
-            self.answers = [self.ranged]
-            self.fetch(sha256=FILE_SHA256)
-            self.check_file()
-            self.path.unlink()
-        self.assertEqual([r for _, r in self.asked],
-                         ["bytes=1-", "bytes=100000-", f"bytes={len(FILE)}-"])
-
-    def test_a_partial_file_longer_than_the_file_begins_again(self):
-        self.path.parent.mkdir()
-        self.part.write_bytes(FILE + b"more")
-        self.answers = [self.ranged]
-        self.fetch()
-        self.check_file([f"bytes={len(FILE) + 4}-", None])
-
-    def test_a_partial_file_of_something_else_begins_again(self):
-        self.path.parent.mkdir()
-        self.part.write_bytes(b"x" * 5000)
-        self.answers = [self.ranged]
-        self.fetch(sha256=FILE_SHA256)
-        self.check_file(["bytes=5000-", None])
-
-    def test_bytes_of_two_servers_are_not_mixed_without_a_checksum(self):
-        def other(request):
-            self.send(request, b"x" * 100_000, length=len(FILE))
-            request.close_connection = True
-        self.answers = [other, self.status(404), self.ranged]
-        self.fetch(self.url, self.url + "2")
-        self.check_file([None, "bytes=100000-", None])
-
-    def test_wrong_checksum(self):
-        self.check_fails("wrong content", sha256="0" * 64)
-        self.assertFalse(self.part.exists())
-
-    def test_a_web_page_is_not_the_file(self):
-        self.answers = [lambda r: self.whole(r, [("Content-Type", "text/html; charset=utf-8")])]
-        self.check_fails("a web page came")
-
-    def test_an_answer_without_a_file(self):
-        self.answers = [self.status(204)]
-        self.check_fails("204")
-        self.answers = [lambda r: self.send(r, FILE, length="unknown")]
-        self.check_fails("does not say how long")
-
-    def test_ctrl_c_keeps_the_part_and_a_later_call_resumes(self):
-        self.answers = [self.ranged]
-
-        def interrupt(progress, done, text=""):
-            if done > 100_000:
-                raise KeyboardInterrupt
-        with mock.patch.object(gpt.Progress, "update", interrupt):
-            self.assertRaises(KeyboardInterrupt, self.fetch)
-        have = self.part.stat().st_size
-        self.assertGreater(have, 100_000)
-        self.assertFalse(self.path.exists())
-        self.fetch()
-        self.check_file([None, f"bytes={have}-"])
-
-    def test_no_network_names_every_address(self):
-        with socket.socket() as closed:  # bound but not listening: nobody answers
-            closed.bind(("127.0.0.1", 0))
-            url = f"http://127.0.0.1:{closed.getsockname()[1]}/a"
-            self.check_fails(f"{url}: no connection\n  {url}b: no connection", url, url + "b")
-
-    def test_a_folder_that_cannot_be_written(self):
-        self.path.parent.write_bytes(b"a file where the folder should be")
-        with self.assertRaisesRegex(UserError, "could not be written"):
-            self.fetch()
-
-
-# ---------------------------------------------------------------------------------------------
-# load_gpt2.py. Small files in both formats, written byte by byte, and GPT-2 in twenty lines of
-# numpy to say what the logits must be.
-
-V, T, C, H, L = 300, 16, 8, 2, 11  # 11 blocks: h10 comes before h2 in sorted order
-HUB_TO_TF = {"ln_1.weight": "ln_1/g", "ln_1.bias": "ln_1/b", "ln_2.weight": "ln_2/g",
-             "ln_2.bias": "ln_2/b",
-             **{f"{n}.{a}": f"{n.replace('.', '/')}/{a[0]}" for a in ("weight", "bias")
-                for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}}
+V, T, C, H, L = 300, 16, 32, 2, 11  # 11 blocks: h10 comes before h2 in sorted order
 
 
 def random_gpt2():
@@ -1628,7 +1239,7 @@ def random_gpt2():
         "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,)}
     shapes = {f"h.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
     shapes |= {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
-    return {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def numpy_gpt2(w, ids):
@@ -1655,149 +1266,47 @@ def numpy_gpt2(w, ids):
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 
-def write_safetensors(path, weights, header=None, dtype="F32", pad=0):
-    """`weights` as {name: array or bytes}; `header` replaces or changes (a function) the JSON."""
-    entries, data = {"__metadata__": {"format": "pt"}}, b""
+def write_safetensors(path, weights, change=lambda header: None, dtype="F32"):
+    """`weights` as {name: array}; `change` may alter the header."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, array in weights.items():
         end = len(data) + array.nbytes
-        entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), end]}
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), end]}
         data += array.tobytes()
-    if callable(header):
-        header(entries)
-    text = header if isinstance(header, bytes) else json.dumps(entries).encode() + b" " * pad
-    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path
+    text = json.dumps(change(header) or header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def slow_crc32c(data):
-    """CRC-32C as the standard defines it, byte by byte."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = SLOW_TABLE[(crc ^ byte) & 255] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
+def tensorflow_name(hub_name):
+    """h.3.attn.c_attn.weight -> model/h3/attn/c_attn/w, as OpenAI names it."""
+    name = re.sub(r"^h\.(\d+)\.", r"h\1/", hub_name).replace(".", "/")
+    name = re.sub(r"(ln_\w)/weight", r"\1/g", name).replace("/weight", "/w").replace("/bias", "/b")
+    return "model/" + name.replace("wte/w", "wte").replace("wpe/w", "wpe")
 
 
-SLOW_TABLE = []
-for byte in range(256):
-    for _ in range(8):
-        byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
-    SLOW_TABLE.append(byte)
-
-
-def masked(crc):
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def varint(n):
-    out = bytearray()
-    while n > 127:
-        out.append(n & 127 | 128)
-        n >>= 7
-    return bytes(out + bytes([n]))
-
-
-def field(number, value):
-    """A protocol-buffer field: a number, or bytes."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def block(entries, compression=0, share=True):
-    """A LevelDB block of (key, value)s, with a restart point every 16, and its trailer."""
-    out, restarts, last = b"", [], b""
-    for n, (key, value) in enumerate(entries):
-        shared = 0 if n % 16 == 0 or not share else len(os.path.commonprefix([key, last]))
-        if n % 16 == 0:
-            restarts.append(len(out))
-        out += varint(shared) + varint(len(key) - shared) + varint(len(value))
-        out += key[shared:] + value
-        last = key
-    out += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts)) + bytes([compression])
-    return out + struct.pack("<I", masked(slow_crc32c(out)))
-
-
-def write_index(path, entries, per_block=30, compression=0):
-    """A LevelDB table of (key, value)s."""
-    out, pointers = b"", []
-    for at in range(0, len(entries), per_block):
-        part = block(entries[at:at + per_block], compression)
-        pointers.append((entries[at:at + per_block][-1][0],
-                         varint(len(out)) + varint(len(part) - 5)))
-        out += part
-    footer = varint(len(out)) + varint(8)
-    out += block([])
-    index = block(pointers)
-    footer += varint(len(out)) + varint(len(index) - 5)
-    path.write_bytes(out + index + footer.ljust(40, b"\0") +
-                     struct.pack("<Q", 0xDB4775248B80FB57))
-
-
-def write_tensorflow(folder, weights, change=None, **index_options):
-    """OpenAI's three files. `change` may alter {key: [dtype, shape, offset, size, crc]}."""
-    folder.mkdir(exist_ok=True)
-    names = {}
-    for hub, array in weights.items():
-        parts = hub.split(".", 2)
-        if parts[0] == "h":
-            array = array[None] if "mlp" not in hub and array.ndim == 2 else array
-            names[f"model/h{parts[1]}/{HUB_TO_TF[parts[2]]}"] = array
-        else:
-            names["model/" + {"ln_f.weight": "ln_f/g", "ln_f.bias": "ln_f/b"}.get(
-                hub, parts[0])] = array
-    data, records = b"", {}
-    for name in sorted(names):
-        raw = names[name].tobytes()
-        records[name] = [1, names[name].shape, len(data), len(raw), masked(slow_crc32c(raw))]
-        data += raw
-    if change:
-        change(records)
-    entries = [(b"", field(1, 1) + field(3, field(1, 1)))]
-    for name, (dtype, shape, offset, size, crc) in sorted(records.items()):
-        shape = b"".join(field(2, field(1, n)) for n in shape)
-        entries.append((name.encode(), field(1, dtype) + field(2, shape) +
-                        (field(4, offset) if offset else b"") + field(5, size) +
-                        varint(6 << 3 | 5) + struct.pack("<I", crc)))
-    (folder / "model.ckpt.data-00000-of-00001").write_bytes(data)
-    write_index(folder / "model.ckpt.index", entries, **index_options)
-    (folder / "hparams.json").write_text(json.dumps(
-        {"n_vocab": V, "n_ctx": T, "n_embd": C, "n_head": H, "n_layer": L}), encoding="utf-8")
-    return folder
-
-
-class LoadCase(unittest.TestCase):
-    """A temporary folder with a tiny GPT-2 in both formats: self.hub and self.tf."""
-
+class TestLoadGPT2(InFolder):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.dir, self.weights = Path(folder.name), random_gpt2()
-        self.hub, self.tf = self.dir / "hub", self.dir / "tf"
-        self.hub.mkdir()
-        self.file = write_safetensors(self.hub / "model.safetensors", self.weights)
-        (self.hub / "config.json").write_text(json.dumps({"n_head": H}), encoding="utf-8")
-        write_tensorflow(self.tf, self.weights)
+        super().setUp()
+        self.weights = random_gpt2()
+        Path("hub").mkdir()
+        self.file = Path("hub/model.safetensors")
+        write_safetensors(self.file, self.weights)
+        self.write("hub/config.json", json.dumps({"n_head": H, "vocab_size": V}))
+        arrays = {tensorflow_name(name): array for name, array in self.weights.items()}
+        self.write("tf/model.ckpt.data-00000-of-00001",
+                   b"".join(arrays[name].tobytes() for name in sorted(arrays)))
+        self.write("tf/hparams.json", json.dumps(
+            {"n_vocab": V, "n_ctx": T, "n_embd": C, "n_head": H, "n_layer": L}))
 
-    def logits(self, source, ids=(0, 299, 7, 7, 42)):
-        model = source if isinstance(source, torch.nn.Module) else load_gpt2.load_local(source)
-        with torch.no_grad():
-            return model(torch.tensor([ids]))[0].numpy()
-
-    def check_logits(self, source, tolerance=2e-4, weights=None):
+    def check_logits(self, source, tolerance=2e-4):
         ids = [0, 299, 7, 7, 42]
-        weights = {k: v.astype(np.float64) for k, v in (weights or self.weights).items()}
-        np.testing.assert_allclose(self.logits(source), numpy_gpt2(weights, ids), atol=tolerance)
+        weights = {name: array.astype(np.float64) for name, array in self.weights.items()}
+        model = source if isinstance(source, GPTModel) else load_gpt2.load_local(source)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0].numpy()
+        np.testing.assert_allclose(logits, numpy_gpt2(weights, ids), atol=tolerance, rtol=1e-4)
+        return model
 
-    def check_refused(self, source, *words):
-        """One UserError with these words, raised before memory is taken for a model."""
-        with mock.patch.object(load_gpt2, "allocate", side_effect=AssertionError("allocated")):
-            with self.assertRaises(UserError) as caught, contextlib.redirect_stdout(io.StringIO()):
-                load_gpt2.load_local(source)
-        for word in words:
-            self.assertIn(word, str(caught.exception))
-
-
-class LoadGPT2Test(LoadCase):
     @needs("gpt2-tiny-hf", "gpt2-tiny-tf")
     def test_files_of_transformers_and_tensorflow_give_transformers_logits(self):
         expected = np.load(ROOT / "data" / "gpt2-tiny-tf" / "expected_logits.npz")
@@ -1808,430 +1317,264 @@ class LoadGPT2Test(LoadCase):
             self.assertLess(np.abs(logits - expected["logits"]).max(), 2e-5, name)
 
     def test_both_formats_give_the_logits_of_gpt2_in_numpy(self):
-        self.check_logits(self.hub)
+        self.check_logits("hub")
         self.check_logits(self.file)  # the file alone, beside its config.json
-        self.check_logits(self.tf)
-        self.check_logits(self.tf / "model.ckpt.index")
-
-    def test_names_with_prefix_masks_and_a_copy_of_the_embedding(self):
-        weights = {f"transformer.{name}": array for name, array in self.weights.items()}
-        weights["transformer.h.3.attn.bias"] = np.ones((1, 1, T, T), np.float32)
-        weights["transformer.h.3.attn.masked_bias"] = np.float32([-1e4]).reshape(())
-        weights["lm_head.weight"] = self.weights["wte.weight"]
-        for pad in (0, 1, 3):  # so that the numbers also lie at odd addresses
-            write_safetensors(self.file, weights, pad=pad)
-            self.check_logits(self.hub)
-
-        def as_bool(header):
-            header["transformer.h.3.attn.bias"].update(dtype="BOOL", shape=[4 * T * T])
-        write_safetensors(self.file, weights, as_bool)  # newer files have a mask of BOOL
-        self.check_logits(self.hub)
-
-    def test_sixteen_bit_numbers(self):
-        half = {name: array.astype(np.float16) for name, array in self.weights.items()}
-        write_safetensors(self.file, half, dtype="F16")
-        self.check_logits(self.hub, weights=half)
-        cut = {k: v.view(np.uint32) >> 16 for k, v in self.weights.items()}  # bfloat16 by hand
-        write_safetensors(self.file, {k: v.astype(np.uint16) for k, v in cut.items()},
-                          dtype="BF16")
-        cut = {k: (v << 16).view(np.float32) for k, v in cut.items()}
-        self.check_logits(self.hub, weights=cut)
-
-        def as_half(records):
-            for record in records.values():
-                record[0] = 19
-        write_tensorflow(self.tf, half, as_half)
-        self.check_logits(self.tf, weights=half)
-        self.assertEqual(load_gpt2.load_local(self.tf).tok_emb.weight.dtype, torch.float32)
-
-    def test_out_head_shares_the_embedding(self):
-        model = load_gpt2.load_local(self.hub)
+        model = self.check_logits("tf")
         self.assertIs(model.out_head.weight, model.tok_emb.weight)
-        self.assertEqual(sum(p.numel() for p in model.parameters()),
-                         sum(a.size for a in self.weights.values()))
         self.assertFalse(model.training)
 
-    def test_params_are_the_book_s_tree_of_numpy_arrays(self):
-        for folder in (self.hub, self.tf):
-            folder.rename(self.dir / "124M")
-            settings, params = load_gpt2.download_and_load_gpt2("124M", self.dir)
-            (self.dir / "124M").rename(folder)
-            self.assertEqual(settings, {"n_vocab": V, "n_ctx": T, "n_embd": C, "n_head": H,
-                                        "n_layer": L})
-            self.assertEqual(sorted(params), ["b", "blocks", "g", "wpe", "wte"])
-            self.assertEqual(sorted(params["blocks"][10]), ["attn", "ln_1", "ln_2", "mlp"])
-            for array, name in ((params["wte"], "wte.weight"), (params["g"], "ln_f.weight"),
-                                (params["blocks"][10]["attn"]["c_attn"]["w"],
-                                 "h.10.attn.c_attn.weight"),
-                                (params["blocks"][2]["mlp"]["c_proj"]["b"], "h.2.mlp.c_proj.bias"),
-                                (params["blocks"][1]["ln_2"]["g"], "h.1.ln_2.weight")):
-                self.assertIsInstance(array, np.ndarray)
-                np.testing.assert_array_equal(array, self.weights[name])
+    def test_prefix_masks_sixteen_bits_and_a_copy_of_the_embedding(self):
+        named = {f"transformer.{name}": array for name, array in self.weights.items()}
+        extra = {"transformer.h.3.attn.bias": np.ones((1, 1, T, T), np.float32),
+                 "lm_head.weight": self.weights["wte.weight"]}
+        write_safetensors(self.file, {**named, **extra})
+        self.check_logits("hub")
+        halves = {name: array.astype(np.float16) for name, array in self.weights.items()}
+        write_safetensors(self.file, halves, dtype="F16")
+        self.check_logits("hub", tolerance=0.3)
+        upper = {name: (array.view(np.uint32) >> 16).astype(np.uint16)
+                 for name, array in self.weights.items()}
+        write_safetensors(self.file, upper, dtype="BF16")
+        self.weights = {name: (array.astype(np.uint32) << 16).view(np.float32)
+                        for name, array in upper.items()}
+        self.check_logits("hub")
 
-    def test_load_weights_into_gpt_copies_or_says_what_does_not_fit(self):
-        self.tf.rename(self.dir / "124M")
-        _, params = load_gpt2.download_and_load_gpt2("124M", self.dir)
-        cfg = {"vocab_size": V, "context_length": T, "emb_dim": C, "n_heads": H, "n_layers": L,
-               "drop_rate": 0.0, "qkv_bias": True}
-        model = gpt.GPTModel(cfg)
+    def test_params_are_the_book_s_tree_and_load_into_a_model(self):
+        Path("models").mkdir()
+        Path("tf").rename("models/124M")
+        settings, params = load_gpt2.download_and_load_gpt2("124M", "models")
+        self.assertEqual(settings, {"n_vocab": V, "n_ctx": T, "n_embd": C, "n_head": H,
+                                    "n_layer": L})
+        np.testing.assert_array_equal(params["blocks"][10]["mlp"]["c_fc"]["w"],
+                                      self.weights["h.10.mlp.c_fc.weight"])
+        np.testing.assert_array_equal(params["g"], self.weights["ln_f.weight"])
+        cfg = {**TINY, "vocab_size": V, "context_length": T, "emb_dim": C, "n_layers": L}
+        model = GPTModel({**cfg, "qkv_bias": True})
         load_gpt2.load_weights_into_gpt(model, params)
-        self.check_logits(model)
-        for change, words in (({"context_length": 32}, "wpe has the shape (16, 8), but the model "
-                               "needs (32, 8)"), ({"n_layers": 10}, "11 blocks"),
-                              ({"qkv_bias": False}, "qkv_bias True"),
-                              ({"emb_dim": 16}, "wte has the shape")):
-            model = gpt.GPTModel({**cfg, **change})
-            before = model.tok_emb.weight.clone()
-            with self.assertRaises(UserError) as caught:
+        self.check_logits(model.eval())
+        for change, words in (({"qkv_bias": False}, "qkv_bias True"), ({"emb_dim": 8}, "mismatch")):
+            model = GPTModel({**cfg, "qkv_bias": True, **change})
+            before = [p.clone() for p in model.parameters()]
+            with self.assertRaisesRegex(UserError, words):
                 load_gpt2.load_weights_into_gpt(model, params)
-            self.assertIn(words, str(caught.exception))
-            self.assertTrue(torch.equal(before, model.tok_emb.weight))
-        del params["blocks"][7]["mlp"]["c_fc"]["w"]
-        with self.assertRaisesRegex(UserError, "lack h7/mlp/c_fc/w"):
-            load_gpt2.load_weights_into_gpt(gpt.GPTModel(cfg), params)
+            torch.testing.assert_close(list(model.parameters()), before)
+        del params["blocks"][3]["attn"]["c_proj"]["b"]
+        with self.assertRaisesRegex(UserError, "lack h3/attn/c_proj/b"):
+            load_gpt2.load_weights_into_gpt(model, params)
 
-    def test_a_checkpoint_of_it_gives_the_same_logits(self):
-        model = load_gpt2.load_local(self.hub)
-        gpt.save_checkpoint(self.dir / "x.pt", model, gpt.load_tokenizer("bytes"))
-        again, _, _ = gpt.load_checkpoint(self.dir / "x.pt")
-        np.testing.assert_array_equal(self.logits(again.eval()), self.logits(model))
+    def test_files_that_are_cut_damaged_or_hostile_are_a_sentence(self):
+        def entry(**change):
+            return lambda header: header["wte.weight"].update(change)
 
-    def test_checksums_are_those_of_the_standard_at_every_length(self):
-        self.assertEqual(load_gpt2.crc32c(b"123456789"), 0xE3069283)
-        self.assertEqual(load_gpt2.crc32c(bytes(32)), 0x8A9136AA)  # RFC 3720, B.4
-        self.assertEqual(load_gpt2.crc32c(b"\xff" * 32), 0x62A8AB43)
-        data, row = np.random.default_rng(1).bytes(200_000), 4 * load_gpt2.ROW
-        for length in (0, 1, 3, 4, 5, 8, row - 1, row, row + 1, row + 4, 2 * row, 3 * row - 3):
-            self.assertEqual(load_gpt2.crc32c(data[:length]), slow_crc32c(data[:length]), length)
+        def without(name):
+            return lambda header: header.pop(name) and None
 
-    @unittest.skipUnless(Path("/proc/self/status").exists(), "needs Linux")
-    def test_the_peak_is_the_model_alone(self):
-        width, total = 768, 0
-        shapes = {name: [n * width // C for n in array.shape]
-                  for name, array in self.weights.items()
-                  if name[:2] != "h." or name[:4] in ("h.0.", "h.1.")}
-        shapes["wte.weight"], shapes["wpe.weight"] = [5000, width], [1024, width]
-        for name, shape in shapes.items():
-            size = 4 * int(np.prod(shape))
-            shapes[name] = {"dtype": "F32", "shape": shape, "data_offsets": [total, total + size]}
-            total += size
-        write_safetensors(self.file, {}, json.dumps(shapes).encode())
-        with open(self.file, "r+b") as file:  # zeros that take no room on the disk
-            file.truncate(self.file.stat().st_size + total)
-        (self.hub / "config.json").unlink()
-        code = ("import re, sys; sys.path.insert(0, sys.argv[1]); import load_gpt2\n"
-                "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', "
-                "open('/proc/self/status', encoding='ascii').read())[1]) * 1024\n"
-                "a = peak(); load_gpt2.load_local(sys.argv[2]); print(peak() - a)")
-        peak = int(subprocess.run([sys.executable, "-c", code, str(ROOT), str(self.file)],
-                                  check=True, capture_output=True, text=True).stdout)
-        self.assertLess(peak, 1.15 * total + 10e6)  # what torch itself takes at first use
+        for change, words in [
+                (entry(dtype="I64"), "wte.weight"), (entry(shape=[V, C, 1]), "does not describe a GPT-2"),
+                (entry(shape=[-V, -C]), "has the shape"), (entry(shape=[1e3]), "has the shape"),
+                (entry(data_offsets=[0, 10**12]), "does not lie"),
+                (entry(data_offsets=[-38400, 0]), "does not lie"), (lambda h: [1], "not as expected"),
+                (without("h.3.mlp.c_fc.bias"), "h.3.mlp.c_fc.bias"), (without("wpe.weight"), "wpe"),
+                (lambda h: {"x": "y" * (1 << 20)}, "a header of")]:
+            write_safetensors(self.file, self.weights, change)
+            with self.assertRaisesRegex(UserError, words):
+                load_gpt2.load_local("hub")
+        for content in (b"", b"\xff" * 100, struct.pack("<Q", 9) + b"{" * 9,
+                        struct.pack("<Q", 2) + b"\xff\xfe"):
+            self.file.write_bytes(content)
+            with self.assertRaisesRegex(UserError, "not a readable safetensors file"):
+                load_gpt2.load_local("hub")
+        data = Path("tf/model.ckpt.data-00000-of-00001")
+        for content in (data.read_bytes()[:-1], data.read_bytes() + b"x"):
+            data.write_bytes(content)
+            with self.assertRaisesRegex(UserError, "bytes, but a model of the sizes"):
+                load_gpt2.load_local("tf")
+        for config in ("", "[]", '{"n_embd": 8}', '{"n_head": 5}', '{"n_head": 0}',
+                       '{"model_type": "llama"}', '{"n_layer": 1000000}'):
+            write_safetensors(self.file, self.weights)
+            self.write("hub/config.json", config)
+            with self.assertRaises(UserError):
+                load_gpt2.load_local("hub")
+        with self.assertRaisesRegex(UserError, "holds neither format"):
+            load_gpt2.load_local(".")
 
-
-class BadGPT2FilesTest(LoadCase):
-    def test_safetensors_that_are_cut_damaged_or_hostile(self):
-        good, entry = self.file.read_bytes(), "wpe.weight"
-
-        def changed(**change):
-            return lambda header: header[entry].update(change)
-
-        def renamed(header):
-            header["transformer.wpe.weight"] = dict(header["wpe.weight"])
-
-        at = json.loads(good[8:8 + int.from_bytes(good[:8], "little")])[entry]["data_offsets"]
-        for content, *words in (
-                (b"", "empty"), (b"abc", "header"), (good[:100], "header should have"),
-                (good[:-4], "outside the file"), (good[:len(good) // 2], "outside the file"),
-                (struct.pack("<Q", 1 << 63) + good[8:], "header should have"),
-                (b"PK\3\4" + bytes(5000), "header should have"),
-                (b"[1, 2]", "not a JSON object"), (b"{,}", "header is not as expected"),
-                (b"\xff\xfe", "header is not as expected"), (b"[" * 100_000, "header"),
-                (b'{"wte.weight": 5}', "header is not as expected"),
-                (b'{"wte.weight": {"dtype": "F32"}}', "header is not as expected"),
-                (b'{"a": {}, "a": {}}', "twice"), (b" " * ((1 << 20) + 1) + b"{}", "too long"),
-                (changed(dtype="I64"), "wpe.weight", "'I64'", "not supported"),
-                (changed(dtype=["F32"]), "header is not as expected"),
-                (changed(data_offsets=[at[0] - 4, at[1] - 4]), "wpe.weight", "overlaps"),
-                (changed(data_offsets=[10 ** 9, 10 ** 9 + 512]), "wpe.weight", "outside"),
-                (changed(data_offsets=[-512, 0]), "wpe.weight", "outside"),
-                (changed(data_offsets=[at[1], at[0]]), "wpe.weight", "outside"),
-                (changed(data_offsets=[0.5, 512.5]), "wpe.weight", "whole numbers"),
-                (changed(data_offsets=at[:1]), "wpe.weight", "whole numbers"),
-                (changed(shape=[10 ** 12, 10 ** 6]), "wpe.weight", "does not fit its shape"),
-                (changed(shape=[-16, -8]), "wpe.weight", "does not fit its shape"),
-                (changed(shape=[0, 8], data_offsets=[at[0], at[0]]), "wpe.weight", "does not fit"),
-                (changed(shape=[True, 128]), "wpe.weight", "whole numbers"),
-                (changed(shape=[128]), "wte and wpe"),
-                (changed(shape=[32, 4]), "wpe has the shape (32, 4)", "(32, 8)"),
-                (lambda header: header.pop(entry), "lacks the tensor wpe.weight"),
-                (renamed, "with and without the prefix")):
-            with self.subTest(words=words):
-                if callable(content) or content[:1] in (b"{", b"[", b"\xff", b" "):
-                    write_safetensors(self.file, self.weights, content)
-                else:
-                    self.file.write_bytes(content)
-                self.check_refused(self.file, *words)
-
-    def test_tensors_that_are_missing_or_too_many(self):
-        for drop in ("h.4.mlp.c_fc.bias", "wte.weight", "ln_f.bias"):
-            weights = {k: v for k, v in self.weights.items() if k != drop}
-            self.check_refused(write_safetensors(self.file, weights), f"lacks the tensor {drop}")
-        more = {**self.weights, "h.0.adapter.weight": np.ones(3, np.float32)}
-        self.check_refused(write_safetensors(self.file, more), "h.0.adapter.weight")
-        more = {**self.weights, "lm_head.weight": self.weights["wte.weight"] + 1}
-        self.check_refused(write_safetensors(self.file, more), "lm_head.weight")
-        last = {k: v for k, v in self.weights.items() if not k.startswith("h.10.")}
-        (self.hub / "config.json").write_text('{"n_layer": 11, "n_head": 2}', encoding="utf-8")
-        self.check_refused(write_safetensors(self.file, last), "h.10.ln_1.weight")
-
-        def drop_one(records):
-            del records["model/h10/attn/c_proj/w"]
-        self.check_refused(write_tensorflow(self.tf, self.weights, drop_one),
-                           "lacks the tensor h10/attn/c_proj/w")
-
-    def test_config_files_that_do_not_fit(self):
-        for text, word in (("", "config.json"), ("[]", "not a JSON object"), ("{", "config.json"),
-                           ("[" * 100_000, "config.json"), ('{"n_head": 3}', "3 heads"),
-                           ('{"n_head": 0}', "0 heads"), ('{"n_head": "x"}', "heads"), ("{}", ""),
-                           ('{"n_layer": -1}', "-1 blocks"), ('{"n_layer": 1000000000}', "lacks"),
-                           ('{"n_layer": 3}', "holds h.10"), ('{"n_embd": 16}', "n_embd 16"),
-                           ('{"vocab_size": 5}', "n_vocab 5"), ('{"model_type": "opt"}', "'opt'"),
-                           ('{"activation_function": "relu"}', "relu")):
-            with self.subTest(text=text[:40]):
-                (self.hub / "config.json").write_text(text, encoding="utf-8")
-                self.check_refused(self.hub, word)
-
-    def test_tensorflow_checkpoints_that_are_cut_damaged_or_hostile(self):
-        key, data = "model/wpe", self.tf / "model.ckpt.data-00000-of-00001"
-        index = self.tf / "model.ckpt.index"
-
-        def changed(place, value):
-            return lambda records: records[key].__setitem__(place, value)
-
-        for change, *words in (
-                (changed(0, 9), "model/wpe", "dtype number 9"),
-                (changed(1, (16, 16)), "wpe", "does not fit its shape"),
-                (changed(1, (1 << 40, 1 << 40)), "wpe", "does not fit its shape"),
-                (changed(1, ((1 << 64) - 1, 8)), "wpe", "does not fit its shape"),  # -1
-                (changed(2, 0), "overlaps"), (changed(2, 1 << 62), "wpe", "outside the file"),
-                (changed(3, 1 << 62), "wpe", "outside the file"),
-                (changed(4, 5), "checksum of wpe is wrong")):
-            with self.subTest(words=words):
-                self.check_refused(write_tensorflow(self.tf, self.weights, change), *words)
-        self.check_refused(write_tensorflow(self.tf, self.weights, compression=1), "compressed")
-        write_tensorflow(self.tf, self.weights)
-        good, numbers = index.read_bytes(), data.read_bytes()
-        for at in (0, 70_00, len(numbers) - 1):  # one bit, anywhere
-            data.write_bytes(numbers[:at] + bytes([numbers[at] ^ 1]) + numbers[at + 1:])
-            self.check_refused(self.tf, "checksum of", str(data))
-        data.write_bytes(numbers[:-5])
-        self.check_refused(self.tf, "outside the file")
-        data.write_bytes(b"")
-        self.check_refused(self.tf, "empty")
-        data.unlink()
-        self.check_refused(self.tf, "not there")
-        data.write_bytes(numbers)
-        for content, word in ((b"", "empty"), (good[:40], "does not end"), (good[1:], "index"),
-                              (good[:-1], "does not end"), (good[100:], "index"),
-                              (good + bytes(1 << 20) + good[-48:], "too many")):
-            index.write_bytes(content)
-            self.check_refused(self.tf, word, str(index))
-
-    def test_no_damaged_byte_of_an_index_gets_through_or_raises_anything_else(self):
-        index, rng = self.tf / "model.ckpt.index", np.random.default_rng(2)
-        good, places = index.read_bytes(), load_gpt2.read_index(index)
-        for at in rng.choice(len(good) - 48, 60, replace=False):
-            index.write_bytes(good[:at] + bytes([good[at] ^ 1 << rng.integers(8)]) + good[at + 1:])
-            with contextlib.suppress(UserError):
-                self.assertEqual(load_gpt2.read_index(index), places)
-
-    def test_no_random_record_raises_anything_but_a_sentence(self):
-        rng = np.random.default_rng(3)
-        for _ in range(300):  # with right checksums, so that the parser sees the nonsense
-            entries = [(rng.bytes(rng.integers(1, 9)), rng.bytes(rng.integers(0, 30)))
-                       for _ in range(3)]
-            entries[0] = (b"model/" + entries[0][0], entries[0][1])
-            write_index(self.tf / "model.ckpt.index", sorted(entries))
-            with contextlib.suppress(UserError):
-                load_gpt2.read_index(self.tf / "model.ckpt.index")
-        for damaged in (b"\x05\x05\x00abcde", b"\x00\xff\xff\xff\xff\x7f\x00a",
-                        b"\xff" * 30, b"\x00\x03\x00abc\x09\x01\x00x"):
-            content = damaged + struct.pack("<II", 0, 1) + b"\0"
-            content += struct.pack("<I", masked(slow_crc32c(content)))
-            pointer = block([(b"z", varint(0) + varint(len(content) - 5))])
-            (self.tf / "model.ckpt.index").write_bytes(
-                content + pointer + (b"\0\0" + varint(len(content)) + varint(len(pointer) - 5))
-                .ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57))
-            self.assertRaises(UserError, load_gpt2.read_index, self.tf / "model.ckpt.index")
-
-    def test_a_folder_with_neither_format_and_a_path_that_is_not_there(self):
-        (self.dir / "empty").mkdir()
-        self.check_refused(self.dir / "empty", "neither format", "model.safetensors",
-                           "model.ckpt.index")
-        self.check_refused(self.dir / "nowhere", "is not there")
-
-
-class LoadGPT2CommandTest(LoadCase):
-    def setUp(self):
-        super().setUp()
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.dir)
-
-    def run_command(self, *argv):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                load_gpt2.main([str(a) for a in argv])
-            except UserError as e:
-                return 1, out.getvalue(), str(e)
-            except SystemExit as e:
-                return e.code, out.getvalue(), err.getvalue()
-        return 0, out.getvalue(), err.getvalue()
-
-    @needs("tiktoken")
+    @needs("vocab.bpe")
     def test_from_a_folder_to_a_checkpoint_that_writes(self):
-        cache = {"TIKTOKEN_CACHE_DIR": str(ROOT / "data" / "tiktoken")}
-        with mock.patch.dict(os.environ, cache):
-            for folder in (self.hub, self.tf):
-                with mock.patch("requests.get", side_effect=AssertionError("network")):
-                    status, out, _ = self.run_command("--from", folder, "--out", "a/b.pt")
-                self.assertEqual(status, 0)
-                self.assertIn("Every effort moves you", out)
-                self.assertIn(f"{sum(a.size for a in self.weights.values()):,} parameters", out)
-                self.assertIn("the-verdict.txt is not there", out)
-                model, tokenizer, _ = gpt.load_checkpoint("a/b.pt")
-                self.check_logits(model.eval())
-                self.assertEqual(tokenizer.n_vocab, V)
-                self.assertEqual(tokenizer.decode(tokenizer.encode("Größe 12")), "Größe 12")
-
-    @needs("the-verdict.txt", "tiktoken")
-    def test_the_loss_is_the_mean_over_the_book_s_two_windows(self):
-        with mock.patch.dict(os.environ, {"TIKTOKEN_CACHE_DIR": str(ROOT / "data/tiktoken")}):
-            tokenizer = gpt.load_tokenizer("gpt2")
-        model = gpt.GPTModel({"vocab_size": 50257, "context_length": 256, "emb_dim": 4,
-                              "n_heads": 1, "n_layers": 1, "drop_rate": 0.0, "qkv_bias": True})
-        path = ROOT / "data" / "the-verdict.txt"
-        text, losses = path.read_text(encoding="utf-8"), []
-        ids = tokenizer.encode(text[int(0.9 * len(text)):])
-        for i in range(0, len(ids) - 256, 256):  # GPTDatasetV1's loop
-            logits = model(torch.tensor([ids[i:i + 256]]))[0].detach().double().log_softmax(-1)
-            losses += [-logits[t, target].item() for t, target in enumerate(ids[i + 1:i + 257])]
-        self.assertEqual(len(losses), 512)
-        with mock.patch.object(load_gpt2, "VERDICT", path):
-            self.assertAlmostEqual(load_gpt2.calc_verdict_loss(model, tokenizer),
-                                   np.mean(losses), places=4)
+        self.write("data/vocab.bpe", (ROOT / "data/vocab.bpe").read_bytes())
+        out = self.ok(load_gpt2.main, "--from", "hub", "--out", "a.pt", "--max-new-tokens", 3)
+        self.assertIn("Every effort moves you", out)
+        model, tokenizer, _ = gpt.load_checkpoint("a.pt")
+        self.check_logits(model)
+        self.assertEqual((tokenizer.n_vocab, tokenizer.decode(tokenizer.encode("né"))), (V, "né"))
 
     def test_the_hub_first_then_openai_then_the_book_s_mirror(self):
         asked = []
 
-        def no_network(url, **_):
+        def get(url, **_):
             asked.append(url)
-            raise gpt.requests.exceptions.ConnectionError("Max retries exceeded")
-        with mock.patch("requests.get", no_network):
-            status, _, err = self.run_command("--size", "355M")
+            raise load_gpt2.requests_error("unplugged")
+
+        import requests
+        load_gpt2.requests_error = requests.ConnectionError
+        self.addCleanup(delattr, load_gpt2, "requests_error")
+        with mock.patch.object(requests, "get", get):
+            status, _, err = call(load_gpt2.main, "--size", "355M")
         self.assertEqual(status, 1)
-        self.assertEqual([url.split("/")[2] for url in asked], [
-            "huggingface.co", "openaipublic.blob.core.windows.net", "f001.backblazeb2.com"])
-        self.assertIn("gpt2-medium", asked[0])
-        for url in asked:
-            self.assertIn(f"{url}: no connection", err)
-        self.assertIn(str(Path("data/gpt2/355M/model.safetensors")), err)
+        self.assertIn("unplugged", err)
+        self.assertEqual([re.sub(r"https://([^/]*)/.*", r"\1", url) for url in asked],
+                         ["huggingface.co", "openaipublic.blob.core.windows.net",
+                          "f001.backblazeb2.com"])
+        self.assertIn("gpt2-medium/resolve/main/model.safetensors", asked[0])
 
-    def test_wrong_input_is_a_sentence_and_a_status(self):
-        for argv, status, words in (
-                (["--size", "125M"], 1, "124M, 355M, 774M, 1558M"),
-                (["--from", "nowhere"], 1, "nowhere is not there"),
-                (["--from", self.dir], 1, "neither format"),
-                (["--from", self.hub, "--out", self.tf], 1, "folder"),
-                (["--from", self.hub, "--size", "355M"], 2, "not allowed"),
-                (["--max-new-tokens", "0"], 2, "above 0")):
-            with self.subTest(argv=argv):
-                got, _, err = self.run_command(*argv)
-                self.assertEqual(got, status)
-                self.assertIn(words, err)
 
-    def test_the_script_exits_1_with_one_sentence_and_no_traceback(self):
-        (self.dir / "empty.safetensors").write_bytes(b"")
-        run = subprocess.run([sys.executable, ROOT / "load_gpt2.py", "--from", "empty.safetensors"],
-                             capture_output=True, text=True)
-        self.assertEqual((run.returncode, run.stdout), (1, ""))
-        self.assertRegex(run.stderr, r"^load_gpt2.py: empty.safetensors is empty.*\n$")
+# ---------------------------------------------------------------------------------------------
+# load_gpt2.py: out, read back by the published layouts
+
+def read_gguf(path):
+    """(keys, {tensor's name: (dimensions reversed, type, bytes from its start)}) of a GGUF file."""
+    data, at = path.read_bytes(), 24
+
+    def take(form):
+        nonlocal at
+        values = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return values[0] if len(values) == 1 else values
+
+    def text():
+        return take(f"{take('Q')}s").decode()
+
+    def value(kind):
+        if kind == 9:
+            item, count = take("IQ")
+            return [value(item) for _ in range(count)]
+        return text() if kind == 8 else take({4: "I", 5: "i", 6: "f", 7: "?"}[kind])
+
+    magic, version, num_tensors, num_keys = struct.unpack_from("<4sIQQ", data)
+    assert (magic, version) == (b"GGUF", 3)
+    keys = {text(): value(take("I")) for _ in range(num_keys)}
+    infos = []
+    for _ in range(num_tensors):
+        name, count = text(), take("I")
+        infos.append((name, np.atleast_1d(take(f"{count}Q"))[::-1].tolist(), *take("IQ")))
+    start = at + -at % 32
+    return keys, {name: (shape, kind, data[start + offset:]) for name, shape, kind, offset in infos}
+
+
+class TestExport(InFolder):
+    def checkpoint(self, tokenizer, **changes):
+        changes = {"vocab_size": tokenizer.n_vocab, "emb_dim": 32, **changes}
+        model = tiny_model(spread=0.3, **changes)
+        gpt.save_checkpoint("m.pt", model, tokenizer, prompt_texts=instruct.PROMPT_STYLES["phi3"])
+        return model
+
+    def expected(self, model, names):
+        """What an array of ours must be, in torch's order, from the table of names."""
+        state = model.state_dict()
+        return torch.cat([state.get(n, torch.zeros(model.cfg["emb_dim"])) for n in names]).numpy()
+
+    def test_a_folder_has_every_tensor_and_closes_the_circle(self):
+        trained = tok.BPETokenizer()
+        trained.train(TEXT, 280)
+        for tokenizer in (BYTES, trained):
+            for tied in (True, False):
+                model = self.checkpoint(tokenizer, tie_embeddings=tied, qkv_bias=tied)
+                self.ok(load_gpt2.main, "--checkpoint", "m.pt", "--export", "my-gpt/")
+                places = load_gpt2.read_safetensors(Path("my-gpt/model.safetensors"))
+                for tf_name, hub_name, _, ours in load_gpt2.weight_names(2):
+                    array = load_gpt2.read_array("my-gpt/model.safetensors", *places.pop(hub_name))
+                    expected = self.expected(model, ours)
+                    np.testing.assert_array_equal(array, expected.T if tf_name.endswith("/w")
+                                                  else expected)
+                self.assertEqual(list(places), [] if tied else ["lm_head.weight"])
+                self.ok(load_gpt2.main, "--from", "my-gpt", "--out", "back.pt")
+                back, again, _ = gpt.load_checkpoint("back.pt")
+                idx = torch.arange(9)[None]
+                torch.testing.assert_close(back(idx), model(idx))
+                self.assertEqual(again.encode(TEXT), tokenizer.encode(TEXT))
+        config = json.loads(Path("my-gpt/config.json").read_text(encoding="utf-8"))
+        self.assertEqual((config["eos_token_id"], config["tie_word_embeddings"]), (279, False))
+
+    def test_merges_replayed_in_their_order_give_the_tokens_of_the_ranks(self):
+        trained = tok.BPETokenizer()
+        trained.train(TEXT + " ".join(fuzz(seed=7, strings=50)), 400)
+        self.checkpoint(trained)
+        self.ok(load_gpt2.main, "--checkpoint", "m.pt", "--export", "my-gpt")
+        contents = json.loads(Path("my-gpt/tokenizer.json").read_text(encoding="utf-8"))
+        order = {tuple(pair): i for i, pair in enumerate(contents["model"]["merges"])}
+        for text in STRINGS[:20] + fuzz(seed=8, strings=100):
+            ids = []
+            for chunk in tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, text):
+                parts = [load_gpt2.LETTER_OF_BYTE[byte] for byte in chunk.encode()]
+                while pairs := [pair for pair in zip(parts, parts[1:]) if pair in order]:
+                    i = list(zip(parts, parts[1:])).index(min(pairs, key=order.get))
+                    parts[i:i + 2] = [parts[i] + parts[i + 1]]
+                ids += [contents["model"]["vocab"][part] for part in parts]
+            self.assertEqual(ids, trained.encode(text), text)
+
+    def test_a_gguf_file_has_every_tensor_key_and_the_prompt(self):
+        for tied in (True, False):
+            model = self.checkpoint(BYTES, tie_embeddings=tied, qkv_bias=tied)
+            self.ok(load_gpt2.main, "--checkpoint", "m.pt", "--export", "m.gguf")
+            keys, tensors = read_gguf(Path("m.gguf"))
+            for _, _, name, ours in load_gpt2.weight_names(2):
+                shape, kind, data = tensors.pop(name)
+                expected = self.expected(model, ours)
+                self.assertEqual((kind, shape), (0, list(expected.shape)))
+                array = np.frombuffer(data, "<f4", expected.size).reshape(shape)
+                np.testing.assert_array_equal(array, expected)
+            self.assertEqual(list(tensors), [] if tied else ["output.weight"])
+        self.assertEqual(keys["gpt2.block_count"], 2)
+        self.assertEqual(len(keys["tokenizer.ggml.tokens"]), 257)
+        self.assertEqual(keys["tokenizer.ggml.eos_token_id"], 256)
+        self.assertIn("<|assistant|>", keys["tokenizer.chat_template"])
+        self.assertIn("{{ .Prompt }}\n<|assistant|>\n", Path("m.Modelfile").read_text("utf-8"))
+
+    def test_eight_bits_are_blocks_of_32_with_one_scale(self):
+        model = self.checkpoint(BYTES, tie_embeddings=True)
+        out = self.ok(load_gpt2.main, "--checkpoint", "m.pt", "--export", "m.gguf", "--quantize",
+                      "q8_0")
+        keys, tensors = read_gguf(Path("m.gguf"))
+        for _, _, name, ours in load_gpt2.weight_names(2):
+            shape, kind, data = tensors[name]
+            expected = self.expected(model, ours)
+            rounded = expected.ndim == 2 and name != "position_embd.weight"
+            self.assertEqual(kind, 8 if rounded else 0, name)
+            if rounded:
+                blocks = np.frombuffer(data, [("scale", "<f2"), ("numbers", "i1", 32)],
+                                       expected.size // 32)
+                array = blocks["numbers"] * blocks["scale"][:, None].astype(np.float32)
+                errors = np.abs(array - expected.reshape(-1, 32)).max(axis=1)
+                self.assertTrue((errors <= np.abs(expected).reshape(-1, 32).max(axis=1) / 200).all())
+        self.assertRegex(out, r"loss +\d+\.\d+ in float32, \d+\.\d+ in q8_0")
+
+    def test_what_cannot_be_exported_is_a_sentence_and_loses_nothing(self):
+        model = tiny_model()
+        gpt.replace_head(model, 2)
+        gpt.save_checkpoint("c.pt", model, BYTES, class_names=["a", "b"])
+        self.write("mine/notes.txt", "keep me")
+        self.write("mine.gguf", "keep me")
+        for flags, words in [(("--checkpoint", "c.pt", "--export", "x/"), "holds a classifier"),
+                             (("--checkpoint", "tiny.pt", "--export", "mine"), "something else"),
+                             (("--checkpoint", "tiny.pt", "--export", "mine.gguf"), "no GGUF"),
+                             (("--checkpoint", "none.pt", "--export", "x/"), "no checkpoint")]:
+            status, _, err = call(load_gpt2.main, *flags)
+            self.assertEqual(status, 1)
+            self.assertIn(words, err)
+        self.assertEqual([Path(p).read_text("utf-8") for p in ("mine/notes.txt", "mine.gguf")],
+                         ["keep me"] * 2)
 
 
 # ---------------------------------------------------------------------------------------------
 # finetune_classifier.py
 
-CLASSIFIER_CFG = {"vocab_size": 257, "context_length": 64, "emb_dim": 16, "n_heads": 2,
-                  "n_layers": 2, "drop_rate": 0.0, "qkv_bias": True, "tie_embeddings": True}
+class TestLabelledTexts(InFolder):
+    def read(self, *args):
+        return quietly(clf.read_labelled_texts, *args)
 
-
-def classifier_trunk(seed=1, **changes):
-    torch.manual_seed(seed)
-    model = gpt.GPTModel({**CLASSIFIER_CFG, **changes})
-    for p in model.parameters():  # far from the initial values, so that every part has a say
-        torch.nn.init.normal_(p, std=0.3)
-    return model
-
-
-def labelled_lines(n=40, classes=("ham", "spam")):
-    """Texts that can be told apart: a line per text, of different lengths."""
-    words = ["meet me at home", "WIN cash NOW 0800", "the weather is mild"]
-    return "".join(f"{name}\t{words[k]} {'x' * (i % 23)} {i}\n"
-                   for i in range(n) for k, name in enumerate(classes))
-
-
-class ClassifierFolder(unittest.TestCase):
-    """An empty folder to work in, with a tiny language model and a small table."""
-
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(folder.name)
-        self.tokenizer = gpt.load_tokenizer("bytes")
-        gpt.save_checkpoint("tiny.pt", classifier_trunk(), self.tokenizer)
-        self.write("data.tsv", labelled_lines())
-
-    def write(self, name, text):
-        data = text if isinstance(text, bytes) else text.encode("utf-8")
-        Path(name).write_bytes(data)
-        return Path(name)
-
-    def main(self, *argv):
-        """Run the script in this process -> what it prints."""
-        argv = list(map(str, argv))
-        if "--classify" not in argv:
-            argv = ["--init", "tiny.pt", "--data", "data.tsv", "--dtype", "float32",
-                    "--device", "cpu", "--epochs", "2", "--lr", "0.01", "--out", "c.pt", *argv]
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            clf.main(argv)
-        return out.getvalue()
-
-    def fails(self, *argv):
-        """Run the script, which must end with a UserError of one sentence -> that sentence."""
-        with self.assertRaises(gpt.UserError) as caught:
-            self.main(*argv)
-        return str(caught.exception)
-
-    def weights(self, path):
-        return gpt.load_checkpoint(path, kind="classifier")[0].state_dict()
-
-    def assert_same(self, a, b, tolerance=None):
-        self.assertEqual(a.keys(), b.keys())
-        for name in a:
-            if tolerance is None:
-                self.assertTrue(torch.equal(a[name], b[name]), name)
-            else:
-                torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=0, msg=name)
-
-
-class LabelledTexts(ClassifierFolder):
     @needs("SMSSpamCollection")
-    def test_sms_file_has_all_its_messages_and_splits_as_in_the_book(self):
-        examples, remarks = clf.read_labelled_texts(ROOT / "data" / "SMSSpamCollection")
+    def test_the_sms_file_has_all_its_messages_and_splits_as_in_the_book(self):
+        examples = self.read(ROOT / "data" / "SMSSpamCollection")
         self.assertEqual(Counter(label for label, _ in examples), {"ham": 4827, "spam": 747})
-        self.assertEqual(remarks, [])
         balanced = clf.create_balanced_dataset(examples, seed=5)
         self.assertEqual(Counter(label for label, _ in balanced), {"ham": 747, "spam": 747})
         parts = clf.random_split(balanced, 0.7, 0.1, seed=5)
@@ -2240,52 +1583,18 @@ class LabelledTexts(ClassifierFolder):
         self.assertNotEqual(clf.random_split(balanced, 0.7, 0.1, seed=6), parts)
 
     def test_csv_quotes_hold_commas_and_line_breaks(self):
-        rows = [("label", "text"), ("a", 'he said "hi",\nthen left'), ("a", "x"), ("b", "y, z")]
+        rows = [("a", 'he said "hi",\nthen left'), ("b", "y, z")] * 10
         with open("t.csv", "w", newline="", encoding="utf-8-sig") as file:
-            csv.writer(file).writerows(rows)
-        examples, remarks = clf.read_labelled_texts("t.csv")
-        self.assertEqual(examples, rows[1:])
-        self.assertIn("header", remarks[0])
+            csv.writer(file).writerows([("label", "text"), *rows])
+        self.assertEqual(self.read("t.csv"), rows)
 
     def test_columns_by_header_by_number_and_by_default(self):
-        self.write("t.tsv", "id\ttext\tstars\n1\tgood\t5\n2\tbad\t1\n3\tfine\t5\n")
-        wanted = [("5", "good"), ("1", "bad"), ("5", "fine")]
+        lines = [("5", "good"), ("1", "bad \"")] * 10
+        self.write("t.tsv", "id\ttext\tstars\n" + "".join(f"7\t{t}\t{s}\r\n" for s, t in lines))
         for columns in (("text", "stars"), ("TEXT", "3"), (None, "stars"), ("2", "3")):
-            self.assertEqual(clf.read_labelled_texts("t.tsv", *columns)[0], wanted)
-        self.write("t.tsv", "no\tx\r\nyes\ty\r\nno\tz \"\r\n")           # no header, CR LF, a quote
-        self.assertEqual(clf.read_labelled_texts("t.tsv"),
-                         ([("no", "x"), ("yes", "y"), ("no", 'z "')], []))
-        self.write("t.csv", "good,1\nbad,2\nfine,1\n")     # a number is a place, not a cell
-        self.assertEqual(clf.read_labelled_texts("t.csv", "1", "2")[0],
-                         [("1", "good"), ("2", "bad"), ("1", "fine")])
-
-    def test_a_comma_outside_quotes_never_cuts_a_text(self):
-        self.write("t.csv", "label,text\nham,Hello\nham,Hello, how are you\n")
-        with self.assertRaisesRegex(UserError, "line 3: 3 columns, expected 2; .* quotes"):
-            clf.read_labelled_texts("t.csv")
-
-    def test_empty_texts_are_skipped_and_said(self):
-        self.write("data.tsv", "ham\t\nspam\t  \n\n" + labelled_lines())
-        self.assertIn("2 without text or label skipped", self.main())
-
-    def test_bad_tables_are_one_sentence(self):
-        many = labelled_lines()
-        for content, words in (
-                ("", "empty"), (b"\x00\x01\x02" * 99, "not a text file"),
-                (b"\xff\xfe\xfa", "UTF-8"),
-                ("\n\n", "no texts"), ("ham\tx\nspam\n" + many, "line 2: 1 column"),
-                (labelled_lines(classes=("ham",)), "only the class 'ham'"),
-                (many + "eggs\ta\neggs\tb\n", "'eggs' of data.tsv has too few texts to split, 2")):
-            self.write("data.tsv", content)
-            self.assertIn(words, self.fails())
-        Path("data.tsv").unlink()
-        self.assertIn("data.tsv cannot be read (No such file", self.fails())
-        self.write("data.tsv", many)
-        self.assertIn("no column 'stars'", self.fails("--label-column", "stars"))
-        self.assertIn("no column '3'", self.fails("--text-column", "3"))
-        self.assertIn("the same column", self.fails("--text-column", "1", "--label-column", "1"))
-        self.write("q.csv", 'a,"x\nb,y\n')
-        self.assertIn("not valid CSV", self.fails("--data", "q.csv"))
+            self.assertEqual(self.read("t.tsv", *columns), lines)
+        self.write("t.csv", "".join(f"{t.strip(chr(34))},{s}\n" for s, t in lines))
+        self.assertEqual(self.read("t.csv", "1", "2"), [(s, t.strip('"')) for s, t in lines])
 
     def test_download_takes_the_expected_file_only_and_tries_the_mirror(self):
         content = b"ham\thello\n"
@@ -2293,283 +1602,141 @@ class LabelledTexts(ClassifierFolder):
             archive.writestr("../evil", "no")
             archive.writestr("SMSSpamCollection", content)
         self.write("bad.zip", "<html>down for maintenance</html>")
-        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=self.folder)
-        handler.log_message = None
         with mock.patch.object(http.server.SimpleHTTPRequestHandler, "log_message"), \
-                http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+                http.server.ThreadingHTTPServer(("127.0.0.1", 0),
+                                                http.server.SimpleHTTPRequestHandler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            site = f"http://127.0.0.1:{server.server_port}"
-            sha = hashlib.sha256(content).hexdigest()
-            with contextlib.redirect_stdout(io.StringIO()):
-                path = clf.download_and_unzip_spam_data(
-                    [f"{site}/none.zip", f"{site}/bad.zip", f"{site}/good.zip"],
-                    self.folder / "sub" / "SMSSpamCollection", sha)
-                with self.assertRaises(gpt.UserError) as caught:
-                    clf.download_and_unzip_spam_data(
-                        [f"{site}/none.zip", f"{site}/bad.zip", f"{site}/good.zip"],
-                        self.folder / "other" / "SMSSpamCollection")
+            urls = [f"http://127.0.0.1:{server.server_port}/{name}.zip"
+                    for name in ("none", "bad", "good")]
+            path = quietly(clf.download_and_unzip_spam_data, urls, "sub/SMSSpamCollection",
+                           hashlib.sha256(content).hexdigest())
+            with self.assertRaisesRegex(UserError, "(?s)404.*not the expected archive.*SHA-256"):
+                quietly(clf.download_and_unzip_spam_data, urls, "other/SMSSpamCollection")
             server.shutdown()
         self.assertEqual(path.read_bytes(), content)
         self.assertEqual([p.name for p in path.parent.iterdir()], ["SMSSpamCollection"])
-        self.assertFalse((self.folder / "evil").exists())
-        self.assertRegex(str(caught.exception), "(?s)404.*not the expected archive.*SHA-256")
+        self.assertEqual(list(Path().rglob("evil")), [])
 
 
-class ClassifierModel(ClassifierFolder):
+class TestClassifier(InFolder):
     def test_padding_never_changes_a_result(self):
         """Against the plain model, a row at a time, read at its last token."""
         texts = ["a", "short text", "a longer text than the others " * 2, "mid length text"]
         for num_layers in (1, 2):
-            model = classifier_trunk(n_layers=num_layers).eval()
+            model = tiny_model(spread=0.3, n_layers=num_layers)
             gpt.replace_head(model, 3)
-            ids = [torch.tensor(self.tokenizer.encode(text))[:64] for text in texts]
+            ids = [torch.tensor(BYTES.encode(text))[:64] for text in texts]
             with torch.no_grad():
                 truth = torch.stack([model(row[None])[0, -1] for row in ids])
                 x, lengths = clf.pad(ids)
                 wider = torch.cat([x, torch.full((4, 64 - x.shape[1]), 99)], dim=1)
                 for padded in (x, wider):
                     torch.testing.assert_close(clf.classify_batch(model, padded, lengths), truth)
-                    for depth in range(num_layers + 1):
-                        frozen = clf.run_frozen(model, padded, lengths, depth)
-                        torch.testing.assert_close(
-                            clf.run_rest(model, frozen, lengths, depth), truth)
-            probs = clf.classify_texts(texts, model, self.tokenizer, "cpu")
+                    for depth in range(num_layers):
+                        frozen = clf.run_frozen(model, padded, depth)
+                        torch.testing.assert_close(clf.run_rest(model, frozen, lengths, depth),
+                                                   truth)
+            probs = quietly(clf.classify_texts, texts, model, BYTES, "cpu")
             torch.testing.assert_close(probs, truth.softmax(dim=-1))
-            self.assertEqual(clf.classify_review(texts[1], model, self.tokenizer, "cpu", "xyz"),
+            self.assertEqual(quietly(clf.classify_review, texts[1], model, BYTES, "cpu", "xyz"),
                              "xyz"[int(truth[1].argmax())])
 
-    def test_the_run_is_the_book_s_plain_loop_on_the_whole_model(self):
+    def test_the_run_is_the_plain_loop_on_the_whole_model(self):
         """Frozen part kept, computed afresh, and the simple loop: the same weights."""
-        # A bias of the keys moves all scores of a query alike and so changes nothing; its gradient
-        # is rounding, which AdamW makes as large as any other. Hence a model without it.
-        gpt.save_checkpoint("tiny.pt", classifier_trunk(qkv_bias=False), self.tokenizer)
-        parts = clf.random_split(clf.create_balanced_dataset(
-            clf.read_labelled_texts("data.tsv")[0], 123), seed=123)
-        train, val = (clf.SpamDataset(p, self.tokenizer, 64) for p in parts[:2])
+        train, val = (clf.SpamDataset(part, BYTES, 64) for part in clf.random_split(
+            clf.create_balanced_dataset(quietly(clf.read_labelled_texts, "data.tsv")))[:2])
         for mode in ("head", "last-block", "all", "lora"):
-            self.main("--train", mode, "--max-steps", 10)
-            with mock.patch.object(clf, "compute_frozen", side_effect=AssertionError):
-                text = self.main("--train", mode, "--max-steps", 10, "--keep-limit", 0,
-                                 "--out", "afresh.pt")
-            self.assertEqual("computed in every epoch" in text, mode in ("head", "last-block"))
-            self.assert_same(self.weights("c.pt"), self.weights("afresh.pt"), 1e-4)
+            run = (*CLASSIFY, "--train", mode, "--max-steps", 6, "--eval-every", 6)
+            self.assertEqual("MB: kept" in self.ok(*run), mode in ("head", "last-block"))
+            kept = weights("run.pt", "classifier")
+            self.ok(*run, "--keep-limit", 0)
+            torch.testing.assert_close(weights("run.pt", "classifier"), kept, atol=1e-4, rtol=0)
 
             model = gpt.load_checkpoint("tiny.pt")[0]
             torch.manual_seed(123)
             gpt.replace_head(model, 2)
             clf.freeze(model, mode)
-            order = [clf.texts_of_step(step, len(train), {"batch_size": 8, "grad_accum": 1,
-                                                         "seed": 123}) for step in range(10)]
-            loader = torch.utils.data.DataLoader(train, batch_sampler=order[:7],
+            order = np.random.default_rng([123, 0]).permutation(len(train))[:48].reshape(6, 8)
+            loader = torch.utils.data.DataLoader(train, batch_sampler=order.tolist(),
                                                  collate_fn=clf.collate)
-            rest = torch.utils.data.DataLoader(train, batch_sampler=order[7:],
-                                               collate_fn=clf.collate)
-            val_loader = torch.utils.data.DataLoader(val, batch_size=3, collate_fn=clf.collate)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                           lr=0.01, weight_decay=0.1)
-            with contextlib.redirect_stdout(io.StringIO()):
-                seen = [clf.train_classifier_simple(model, part, val_loader, optimizer, "cpu", 1,
-                                                    5, None)[-1] for part in (loader, rest)]
-            self.assertEqual(seen, [56, 24])
+            quietly(clf.train_classifier_simple, model, loader, loader, optimizer, "cpu", 1, 5, 2)
             gpt.merge_lora(model)
-            kept = gpt.load_checkpoint("c.pt", kind="classifier")[2]["best"]
-            if kept["step"] == 10:
-                self.assert_same(self.weights("c.pt"), model.state_dict(), 1e-4)
+            plain = torch.cat([p.detach().flatten() for p in model.parameters()])
+            torch.testing.assert_close(kept, plain, atol=1e-4, rtol=0)
 
     def test_what_is_frozen_stays_and_a_tied_embedding_is_kept(self):
         start = gpt.load_checkpoint("tiny.pt")[0].state_dict()
         learns = {"head": r"out_head", "last-block": r"out_head|final_norm|trf_blocks\.1",
                   "lora": r"out_head|trf_blocks.*(W_\w+|out_proj|layers\.\d)\.weight", "all": ""}
         for mode, pattern in learns.items():
-            self.main("--train", mode)
-            for name, value in self.weights("c.pt").items():
+            self.ok(*CLASSIFY, "--train", mode, "--max-steps", 3)
+            state = gpt.load_checkpoint("run.pt", kind="classifier")[0].state_dict()
+            for name, value in state.items():
                 same = name in start and torch.equal(start[name], value)
                 self.assertEqual(same, not re.match(pattern, name), f"{mode}: {name}")
 
-    def test_texts_longer_than_the_context_are_cut_and_counted(self):
-        data = clf.SpamDataset([("ham", "y" * 64), ("spam", "y" * 65)], self.tokenizer, 64)
-        self.assertEqual((data.num_cut, [len(row) for row in data.ids]), (1, [64, 64]))
-        self.write("data.tsv", labelled_lines() + f"ham\t{'long ' * 20}\n" * 10)
-        self.assertIn("10 of all are cut to 64 tokens", self.main("--no-balance"))
+    def test_classifiers_are_finetuned_without_dropout_as_in_the_book(self):
+        model = tiny_model(drop_rate=0.5)
+        self.assertEqual(clf.freeze(model, "last-block"), 1)
+        rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+        self.assertEqual(set(rates), {0.0})
 
     def test_accuracy_is_counted_over_all_batches(self):
-        model = classifier_trunk()
+        model = tiny_model(spread=0.3)
         gpt.replace_head(model, 2)
         data = clf.SpamDataset([line.split("\t") for line in labelled_lines(5).split("\n")[:-1]],
-                               self.tokenizer, 64)
+                               BYTES, 64)
         loader = torch.utils.data.DataLoader(data, batch_size=4, collate_fn=clf.collate)
         with torch.no_grad():
             right = [int(model(row[None])[0, -1].argmax()) == int(label) for row, label in data]
         self.assertEqual(clf.calc_accuracy_loader(loader, model, "cpu"), sum(right) / 10)
         self.assertEqual(clf.calc_accuracy_loader(loader, model, "cpu", 1), sum(right[:4]) / 4)
 
-
-class ClassifierRuns(ClassifierFolder):
-    def test_a_killed_run_resumed_ends_as_an_uninterrupted_one(self):
-        """With dropout and every part that can train; killed right after a save, twice."""
-        gpt.save_checkpoint("tiny.pt", classifier_trunk(drop_rate=0.2), self.tokenizer)
-        for mode in ("head", "last-block", "all", "lora"):
-            argv = ["--train", mode, "--epochs", 3, "--eval-every", 5, "--grad-accum", 2,
-                    "--batch-size", 4]
-            self.main(*argv, "--out", "whole.pt")
-            whole = gpt.load_checkpoint("whole.pt", kind="classifier")
-            save, saves = torch.save, []
-
-            class Killed(BaseException):
-                pass
-
-            def save_then_die(content, path):
-                save(content, path)
-                if "optimizer" in content:
-                    os.replace(path, "cut-resume.pt")    # what write_atomically was about to do
-                    saves.append(content["step"])
-                    raise Killed
-
-            with mock.patch.object(torch, "save", save_then_die):
-                for resume in ([], ["--resume"]):
-                    with self.assertRaises(Killed):
-                        self.main(*argv, "--out", "cut.pt", *resume)
-            self.assertEqual(saves, [5, 10])
-            self.main(*argv, "--out", "cut.pt", "--resume")
-            cut = gpt.load_checkpoint("cut.pt", kind="classifier")
-            self.assert_same(whole[0].state_dict(), cut[0].state_dict())
-            self.assertEqual(whole[2], cut[2])
-            self.assertEqual(Path("whole.csv").read_bytes(), Path("cut.csv").read_bytes())
-            self.assertFalse(Path("cut-resume.pt").exists())
-        self.assertIn("finished result", self.main(*argv, "--out", "cut.pt", "--resume"))
-        self.assertIn("another --lr (0.01, now 0.5)",
-                      self.fails(*argv, "--out", "cut.pt", "--resume", "--lr", 0.5))
-        self.write("data.tsv", labelled_lines(classes=("no", "yes")))
-        self.assertIn("another set of classes (['ham', 'spam'], now ['no', 'yes'])",
-                      self.fails(*argv, "--out", "cut.pt", "--resume"))
-
-    def test_ctrl_c_saves_the_step(self):
-        with mock.patch.object(clf.CtrlC, "pressed", True, create=True), \
-                mock.patch.object(clf.CtrlC, "__enter__", lambda self: self), \
-                mock.patch.object(clf.CtrlC, "__exit__", lambda *_: None):
-            with self.assertRaises(KeyboardInterrupt):
-                self.main()
-        self.assertEqual(torch.load("c-resume.pt", weights_only=True)["step"], 1)
-        self.main("--resume")
-        self.main("--out", "whole.pt")
-        self.assert_same(self.weights("c.pt"), self.weights("whole.pt"))
-
-    def test_a_loss_that_is_not_finite_stops_the_run(self):
-        self.assertIn("start anew with a lower --lr", self.fails("--lr", "1e30", "--train", "all"))
-
-    def test_report_follows_from_the_confusion_matrix(self):
+    def test_the_report_follows_from_the_predictions(self):
+        labels, predicted = torch.tensor([0] * 50 + [1] * 50), torch.tensor([0] * 90 + [1] * 10)
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            clf.print_report(["ham", "spam"], {"confusion": [[90, 10], [5, 45]], "majority": 0})
-        for words in ("90.0% of 150 texts", "66.7% for always answering 'ham'", "94.7%", "81.8%"):
-            self.assertIn(words, out.getvalue())
-        # Newcombe 1998, table I: 81 of 263, Wilson's interval.
-        low, high = clf.wilson_interval(81, 263)
-        self.assertEqual((round(low, 4), round(high, 4)), (0.2553, 0.3662))
-        self.assertAlmostEqual(clf.wilson_interval(300, 300)[1], 1.0)
+            clf.report(["ham", "spam"], labels, predicted, commonest=0)
+        out = out.getvalue()
+        self.assertIn("60.0% of 100 texts are right (95 % interval 50.2% to 69.1%)", out)
+        self.assertIn("baseline 50.0%", out)
+        self.assertNotIn("does not show", out)
+        self.assertRegex(out, r"ham +55.6% +100.0% +50 +0\nspam +100.0% +20.0% +40 +10\n")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            clf.report(["ham", "spam"], labels, torch.tensor([0] * 94 + [1] * 6), commonest=0)
+        self.assertIn("this test does not show that the model", " ".join(out.getvalue().split()))
 
     def test_three_classes_learn_and_travel_to_classify(self):
-        self.write("data.tsv", labelled_lines(classes=("no", "maybe so", "ja")))
-        text = self.main("--seeds", 2)
-        self.assertRegex(text, r"2 seeds: test accuracy \d")
-        self.assertTrue(Path("c-seed124.pt").exists())
-        self.assertEqual(gpt.load_checkpoint("c.pt", kind="classifier")[2]["class_names"],
-                         ["ja", "maybe so", "no"])
-        lines = ["meet me at home xx 3", "", "WIN cash NOW 0800 xxxx 1", "é" * 99]
-        texts = [line for line in lines if line]
-        model = gpt.load_checkpoint("c.pt", kind="classifier")[0].eval()
-        with torch.no_grad():
-            truth = [model(gpt.text_to_token_ids(text, self.tokenizer)[:, :64])[0, -1].softmax(0)
-                     for text in texts]
-        wanted = [f"{['ja', 'maybe so', 'no'][int(p.argmax())]}\t{p.max():.3f}\t{text}"
-                  for p, text in zip(truth, texts)]
-        with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()))), \
-                contextlib.redirect_stderr(io.StringIO()) as err:
-            text = self.main("--classify", "--dtype", "float32", "--out", "c.pt")
-        self.assertEqual(text.split("\n")[:-1], wanted)
-        self.assertIn("1 empty", err.getvalue())
-        argv = [word for text in texts for word in ("--classify", text)]
-        self.assertEqual(self.main(*argv, "--dtype", "float32", "--out", "c.pt"),
-                         "\n".join(wanted) + "\n")
-
-    def test_bad_checkpoints_are_one_sentence(self):
-        self.assertIn("python finetune_classifier.py",
-                      self.fails("--classify", "x", "--out", "c.pt"))
-        self.assertIn("no checkpoint none.pt", self.fails("--init", "none.pt"))
-        self.write("cut.pt", Path("tiny.pt").read_bytes()[:999])
-        self.assertIn("cut short", self.fails("--init", "cut.pt"))
-        self.main()
-        self.assertIn("holds a classifier", self.fails("--init", "c.pt", "--out", "d.pt"))
-        self.write("d-resume.pt", b"nonsense")
-        self.assertIn("not the state of a run", self.fails("--resume", "--out", "d.pt"))
-        with self.assertRaises(gpt.UserError) as caught:
-            clf.main(["--data", "data.tsv"])
-        self.assertRegex(str(caught.exception), "python load_gpt2.py.*python pretrain.py")
-
-    def test_the_script_itself_trains_and_fails_in_a_sentence(self):
-        base = [sys.executable, ROOT / "finetune_classifier.py", "--init", "tiny.pt"]
-        done = subprocess.run([*base, "--data", "data.tsv", "--epochs", "1"], text=True,
-                              capture_output=True)
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        self.assertRegex(done.stdout, r"(?s)ham.*epoch +1 .*test .*baseline .*Next: python")
-        failed = subprocess.run([*base, "--data", "none.tsv"], text=True, capture_output=True)
-        self.assertEqual((failed.returncode, failed.stdout), (1, ""))
-        self.assertRegex(failed.stderr, r"^finetune_classifier.py: none.tsv cannot be read.*\n$")
+        self.write("data.tsv", "a\t\n\nb\t \n" + labelled_lines(classes=("a", "b", "c\x1b"))
+                   + f"a\t{'long ' * 20}\n" * 10)
+        out = self.ok(*CLASSIFY, "--epochs", 12, "--no-balance", "--train", "all")
+        self.assertIn("skipped  2 without text or label", out)
+        self.assertIn("10 are cut to 64 tokens", out)
+        self.assertNotIn("\x1b", out)
+        for text, name in (("meet me at home now", "a"), ("WIN cash NOW 0800 x", "b"),
+                           ("the weather is mild\x1b", "c\ufffd")):
+            out = self.ok(clf.main, "--checkpoint", "run.pt", "--classify", text)
+            self.assertRegex(out, rf"\A{name}\t[01]\.\d\d\d\t{text[:19]}")
+        done = subprocess.run([sys.executable, str(ROOT / "finetune_classifier.py"), "--checkpoint",
+                               "run.pt", "--classify"], input="meet me at home\n\nWIN cash NOW\n",
+                              capture_output=True, text=True, timeout=60)
+        self.assertEqual(re.findall(r"^\w+", done.stdout, re.MULTILINE), ["a", "b"])
+        self.assertIn("1 empty text(s) skipped", done.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
 # finetune_instruct.py
 
-RECORDS = [{"instruction": f"Say {word}", "input": "now" if i % 3 else "", "output": word * (i % 4)}
-           for i, word in enumerate(["one", "two", "three", "four", "five", "six"] * 5, 1)]
-
-
-class FakeOllama(http.server.BaseHTTPRequestHandler):
-    """A judge that answers from a list of replies: a text, or a function of the handler."""
-
-    replies, questions = [], []
-
-    def log_message(self, *_):
-        pass
-
-    def send(self, body, status=200):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        self.send(b'{"models": [{"name": "llama3:latest"}]}')
-
-    def do_POST(self):
-        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.questions.append(question)
-        reply = self.replies.pop(0)
-        if callable(reply):
-            return reply(self)
-        pieces = [{"message": {"content": c}, "done": False} for c in reply]
-        pieces.append({"message": {"content": ""}, "done": True})
-        self.send("".join(json.dumps(p) + "\n" for p in pieces).encode())
-
-
 class TestInstructionData(InFolder):
-    def setUp(self):
-        super().setUp()
-        self.tokenizer = gpt.load_tokenizer("bytes")
-
-    def read(self, text, name="records.json"):
-        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return instruct.read_records(name)
-
-    def test_collate_gives_the_documented_example(self):
+    def test_collate_gives_the_book_s_example(self):
         inputs, targets = instruct.custom_collate_fn([[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]])
         self.assertEqual(inputs.tolist(), [[0, 1, 2, 3, 4], [5, 6, 50256, 50256, 50256],
                                            [7, 8, 9, 50256, 50256]])
         self.assertEqual(targets.tolist(), [[1, 2, 3, 4, 50256], [6, 50256, -100, -100, -100],
                                             [8, 9, 50256, -100, -100]])
-
-    def test_an_end_of_text_inside_a_record_is_not_padding(self):
         _, targets = instruct.custom_collate_fn([[1, 9, 9, 2], [3]], pad_token_id=9)
-        self.assertEqual(targets.tolist(), [[9, 9, 2, 9], [9, -100, -100, -100]])
+        self.assertEqual(targets.tolist(), [[9, 9, 2, 9], [9, -100, -100, -100]])  # no padding
 
     def test_masking_and_cutting_leave_each_row_a_target(self):
         rows = [[1, 2, 3, 4, 5, 6], [7, 8]]
@@ -2581,221 +1748,135 @@ class TestInstructionData(InFolder):
             self.assertEqual(targets.shape[1], length)
             self.assertTrue((targets != -100).any(dim=1).all())
 
-    def test_prompts_are_the_books_text(self):
+    def test_prompts_are_the_book_s_text(self):
         entry = {"instruction": "Add.", "input": "1, 2", "output": "3"}
         self.assertEqual(instruct.format_input(entry),
                          "Below is an instruction that describes a task. Write a response that "
                          "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
                          "### Input:\n1, 2")
         self.assertEqual(instruct.format_input({**entry, "input": ""}, "phi3"), "<|user|>\nAdd.")
-        dataset = instruct.InstructionDataset([entry], self.tokenizer)
-        text = self.tokenizer.decode(dataset[0])
+        dataset = instruct.InstructionDataset([entry], BYTES)
+        text = BYTES.decode(dataset[0])
         self.assertEqual(text, instruct.format_input(entry) + "\n\n### Response:\n3")
         self.assertEqual(text[dataset.prompt_lengths[0]:], "3")
 
     @needs("instruction-data.json", "tiktoken")
-    def test_the_books_records_split_and_encode_as_the_book_does(self):
+    def test_the_book_s_records_split_and_encode_as_the_book_does(self):
         records = instruct.read_records(ROOT / "data" / "instruction-data.json")
-        self.assertEqual([len(part) for part in instruct.split_records(records)], [935, 110, 55])
         tokenizer = tiktoken.get_encoding("gpt2")
+        parts = quietly(instruct.make_datasets, ROOT / "data" / "instruction-data.json", tokenizer,
+                        "alpaca", 1024)
+        self.assertEqual([len(part) for part in parts], [935, 55, 110])
         for entry, ids in zip(records, instruct.InstructionDataset(records, tokenizer)):
             self.assertEqual(ids, tokenizer.encode(
                 instruct.format_input(entry) + "\n\n### Response:\n" + entry["output"]))
 
-    def test_lines_and_messages_are_read_too(self):
-        expected = {"instruction": "Be kind.\n\nHi", "input": "", "output": "Hello"}
-        messages = {"messages": [{"role": "system", "content": "Be kind."},
-                                 {"role": "user", "content": "Hi"},
-                                 {"role": "assistant", "content": "Hello"}]}
-        lines = json.dumps(messages) + "\n\n" + json.dumps({**expected, "input": None}) + "\n"
-        self.assertEqual(self.read(lines, "records.jsonl"), [expected, expected])
-
-    def test_bad_records_are_named(self):
+    def test_a_record_per_line_is_read_too_and_a_bad_one_is_named(self):
         good = '{"instruction": "a", "output": "b"}'
-        for text, words in [
-                ('[{"instruction": "a",\n "output": }]', "line 2, column 12"),
-                ("", "empty"), ("[]", "empty list"), ("{}", "no list"), ("[1]", "record 0"),
-                (f'[{good}, {{"output": "b"}}]', "record 1 (the first is 0) has no instruction"),
-                (f'[{good}, {{"instruction": "b"}}]', "record 1 (the first is 0) has no output"),
-                (f'[{good}, {{"instruction": "a", "output": 5}}]', "its output is 5, not text"),
-                ('[{"messages": [{"role": "user", "content": "a"}]}]', "messages must"),
-                ("[" * 100000, "not JSON"), ("1" * 5000, "not JSON"), (b"\xff\xfe[]", "UTF-8")]:
-            with self.subTest(text=text[:50]), self.assertRaises(UserError) as caught:
-                self.read(text)
-            self.assertIn(words, str(caught.exception))
-        with self.assertRaisesRegex(UserError, "line 3, column 1"):
-            self.read(f"{good}\n\nx\n", "records.jsonl")
-        with self.assertRaisesRegex(UserError, "nothere.json cannot be read"):
-            instruct.read_records("nothere.json")
-
-    def test_an_epoch_has_each_record_once_in_batches_of_like_length(self):
-        lengths = np.random.default_rng(0).integers(20, 100, size=935)
-        settings = {"seed": 1, "batch_size": 8, "grad_accum": 1}
-        plan = instruct.plan_epoch(0, lengths, settings)
-        self.assertEqual(len(plan), 117)
-        self.assertEqual(sorted(np.concatenate(plan)), list(range(935)))
-        padded = sum(len(rows) * max(lengths[rows]) for rows in plan)
-        self.assertLess(padded, 1.05 * lengths.sum())
-        again = instruct.plan_epoch(0, lengths, settings)
-        self.assertTrue(all((a == b).all() for a, b in zip(plan, again)))
-        other = instruct.plan_epoch(1, lengths, settings)
-        self.assertFalse(all(set(a) == set(b) for a, b in zip(plan, other)))
+        self.write("r.jsonl", good + "\n\n" + good[:-1] + ', "input": null, "more": 1}\n')
+        self.assertEqual(instruct.read_records("r.jsonl"),
+                         [{"instruction": "a", "input": "", "output": "b"}] * 2)
+        for name, text, words in [
+                ("r.json", '[{"instruction": "a",\n "output": }]', "line 2"),
+                ("r.json", "[]", "no list of records"), ("r.json", "{}", "no list of records"),
+                ("r.json", "[1]", "record 0 .* no text as its instruction"),
+                ("r.json", f'[{good}, {{"instruction": "b"}}]', "record 1 .* no text as its output"),
+                ("r.json", f'[{good[:-4]}5}}]', "record 0 .* no text as its output"),
+                ("r.json", "[" * 100000, "not JSON"), ("r.json", "1" * 5000, "not JSON"),
+                ("r.jsonl", f"{good}\n\nx\n", "line 3")]:
+            self.write(name, text)
+            with self.subTest(text=text[:50]), self.assertRaisesRegex(UserError, words):
+                instruct.read_records(name)
 
 
 class TestInstructionTraining(InFolder):
     def setUp(self):
         super().setUp()
-        self.tokenizer = gpt.load_tokenizer("bytes")
-        self.model = tiny_model(context_length=64)
-        gpt.save_checkpoint("tiny.pt", self.model, self.tokenizer)
-        Path("records.json").write_text(json.dumps(RECORDS), encoding="utf-8")
-        self.settings = {"batch_size": 8, "grad_accum": 1, "seed": 0, "mask_prompt": True,
-                         "pad_token_id": 256, "context_length": 64, "dtype": "float32"}
-        self.dataset = instruct.InstructionDataset(RECORDS, self.tokenizer, "phi3")
+        self.model = tiny_model(spread=0.2, drop_rate=0.0)
+        self.args = mock.Mock(batch_size=8, end=256)
+        self.dataset = instruct.InstructionDataset(RECORDS, BYTES, "phi3")
 
-    def run_script(self, *argv, expect=0):
-        status, out, err = call(instruct.main, "--init", "tiny.pt", "--data", "records.json",
-                                "--prompt-style", "phi3", "--dtype", "float32", "--lr", "0.01",
-                                "--max-new-tokens", "8", *argv)
-        self.assertEqual(status, expect, out + err)
-        return out if expect == 0 else err
+    def test_a_packed_batch_equals_padded_rows_and_log_probabilities_written_out(self):
+        for mask in (True, False):
+            [(_, inputs, targets)] = instruct.make_batches(self.dataset, range(6), self.args,
+                                                           self.model, mask)
+            gradients = []
+            for loss in (lambda: instruct.packed_losses(self.model, inputs, targets).mean(),
+                         lambda: instruct.calc_loss_batch(inputs, targets, self.model, "cpu"),
+                         lambda: F.cross_entropy(self.model(inputs).flatten(0, 1),
+                                                 targets.flatten())):
+                self.model.zero_grad()
+                value = loss()
+                value.backward()
+                gradients.append([value.detach(), *(p.grad.clone() for p in
+                                                    self.model.parameters())])
+            torch.testing.assert_close(gradients[0], gradients[2], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(gradients[1], gradients[2], atol=1e-4, rtol=1e-3)
 
-    def test_unequal_micro_batches_equal_one_batch(self):
-        gradients = []
-        for batch_size in (8, 3):
-            self.model.zero_grad()
-            loss = instruct.accumulate_gradients(
-                self.model, self.dataset, np.arange(8), {**self.settings, "batch_size": batch_size},
-                "cpu")
-            gradients.append([loss, *(p.grad.clone() for p in self.model.parameters())])
-        torch.testing.assert_close(*gradients)
-
-    def test_a_tied_embedding_gets_the_gradients_of_head_and_lookup(self):
-        model = tiny_model(context_length=64, tie_embeddings=True)
-        [(_, inputs, targets)] = instruct.make_batches(self.dataset, range(8), self.settings,
-                                                       "cpu", True)
-        F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
-        expected = [p.grad for p in model.parameters()]
-        model.zero_grad()
-        for batch_size in (8, 3):
-            model.zero_grad()
-            instruct.accumulate_gradients(model, self.dataset, np.arange(8),
-                                          {**self.settings, "batch_size": batch_size}, "cpu")
-            torch.testing.assert_close([p.grad for p in model.parameters()], expected)
-
-    def test_the_loss_is_that_of_the_answer_tokens_alone(self):
-        losses = instruct.record_losses(self.model, self.dataset, self.settings, "cpu", True)
-        for i in (0, 3, 4):  # the fourth answer is empty: its end of text is still a target
-            prompt = self.tokenizer.encode(instruct.format_input(RECORDS[i], "phi3")
-                                           + "\n<|assistant|>\n")
-            answer = [*self.tokenizer.encode(RECORDS[i]["output"]), 256]
-            ids = torch.tensor([prompt + answer])
+        losses = instruct.record_losses(self.model, self.dataset, self.args, "cpu", torch.float32,
+                                        True)
+        for i in (0, 3, 4):  # the fifth answer is empty: its end of text is still a target
+            answer = [*BYTES.encode(RECORDS[i]["output"]), 256]
+            prompt = self.dataset[i][:len(self.dataset[i]) - len(answer) + 1]
             with torch.no_grad():
-                log_probs = self.model(ids[:, :-1])[0].log_softmax(dim=-1)
+                log_probs = self.model(torch.tensor([prompt + answer[:-1]]))[0].log_softmax(dim=-1)
             expected = -sum(log_probs[len(prompt) - 1 + k, t] for k, t in enumerate(answer))
             self.assertAlmostEqual(float(losses[i, 0]), float(expected), places=3)
             self.assertEqual(int(losses[i, 1]), len(answer))
 
-    def test_a_packed_batch_equals_padded_rows(self):
-        for prompt_lengths in (self.dataset.prompt_lengths[:6], None):
-            rows = [self.dataset[i] for i in range(6)]
-            inputs, targets = instruct.custom_collate_fn(rows, 256, prompt_lengths=prompt_lengths)
-            gradients = []
-            for packed in (True, False):
-                self.model.zero_grad()
-                loss = (instruct.calc_losses(self.model, inputs, targets).sum() if packed else
-                        F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten(),
-                                        reduction="sum"))
-                loss.backward()
-                gradients.append([loss.detach(), *(p.grad for p in self.model.parameters())])
-                self.model.zero_grad(set_to_none=True)
-            torch.testing.assert_close(*gradients)
+    def test_unequal_batches_give_the_step_of_one_large_batch(self):
+        gpt.save_checkpoint("tiny.pt", self.model, BYTES)            # without dropout
+        for name, split in (("a.pt", (6, 1)), ("b.pt", (2, 3))):
+            self.ok(*INSTRUCT, "--no-responses", "--max-steps", 4, "--eval-every", 1, "--batch-size",
+                    split[0], "--grad-accum", split[1], "--out", name)
+        a, b = (np.genfromtxt(name, delimiter=",", skip_header=2) for name in ("a.csv", "b.csv"))
+        np.testing.assert_allclose(a[:, 2:], b[:, 2:], atol=2e-3)
 
     def test_long_records_make_smaller_batches(self):
-        settings = {**self.settings, "batch_size": 5, "context_length": 1024}
+        model = mock.Mock(cfg={"context_length": 1024})
         dataset = [[1] * 50] * 7 + [[1] * 1024] * 9 + [[1] * 5000]
-        parts = instruct.make_batches(dataset, np.arange(17), settings, "cpu", False)
+        parts = instruct.make_batches(dataset, np.arange(17), mock.Mock(batch_size=5, end=0), model,
+                                      False)
         self.assertEqual([len(rows) for rows, _, _ in parts], [5, 5, 4, 3])
         self.assertEqual([i for rows, _, _ in parts for i in rows], list(range(17)))
-        self.assertEqual(instruct.make_batches(dataset, [], settings, "cpu", False), [])
 
-    def test_a_killed_run_resumed_equals_one_that_was_not(self):
-        class Killed(BaseException):
-            pass
-
-        for train in ("all", "lora"):
-            args = ["--no-responses", "--eval-every", "2", "--epochs", "2", "--grad-accum", "2",
-                    "--batch-size", "4", "--train", train]
-            self.run_script(*args, "--out", f"{train}-a.pt")
-            real, calls = instruct.accumulate_gradients, []
-
-            def die_later(*arguments):
-                calls.append(1)
-                if len(calls) == 6:
-                    raise Killed
-                return real(*arguments)
-
-            with mock.patch.object(instruct, "accumulate_gradients", die_later):
-                with self.assertRaises(Killed):
-                    self.run_script(*args, "--out", f"{train}-b.pt")
-            out = self.run_script(*args, "--out", f"{train}-b.pt", "--resume")
-            self.assertIn("from step 4", out)
-            a, b = (torch.load(f"{train}-{x}.pt", weights_only=True) for x in "ab")
-            for part in ("model", "unmerged", "optimizer", "best", "step"):
-                torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
-            self.assertEqual(*(Path(f"{train}-{x}.csv").read_text(encoding="utf-8") for x in "ab"))
-            start = torch.load("tiny.pt", weights_only=True)["model"]
-            self.assertFalse(torch.equal(a["model"]["trf_blocks.0.ff.layers.0.weight"],
-                                         start["trf_blocks.0.ff.layers.0.weight"]))
-
-    def test_lora_begins_with_no_change_and_merges_into_the_same_function(self):
-        ids = torch.randint(0, 257, (2, 9))
-        with torch.no_grad():
-            before = self.model(ids)
-            instruct.add_lora(self.model, {"lora_rank": 4, "lora_alpha": 8})
-            self.assertTrue(torch.equal(self.model(ids), before))
-            for name, p in self.model.named_parameters():
-                self.assertEqual(p.requires_grad, ".lora." in name)
-                if name.endswith(".lora.B"):
-                    p.normal_(std=0.1)
-            merged = instruct.plain_model(self.model)
-            self.assertEqual(set(merged.state_dict()), set(tiny_model().state_dict()))
-            torch.testing.assert_close(merged(ids), self.model(ids), rtol=0, atol=1e-5)
-            self.assertGreater(float((merged(ids) - before).abs().max()), 0.01)
+    def test_the_simple_loop_learns(self):
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        losses = instruct.train_model_simple(self.model, self.dataset, optimizer, "cpu", 6, 8, 256)
+        self.assertEqual(len(losses), 6 * 3)
+        self.assertLess(losses[-1], losses[0] - 1)
 
     def test_answers_in_batches_are_those_of_one_prompt_alone(self):
-        for seed in range(2):
-            torch.manual_seed(seed)
-            self.model = GPTModel(self.model.cfg).eval()
-            # About one token in ten is the end, so that rows end at different places.
-            self.model.out_head.weight.data[256] += 0.07 * self.model.out_head.weight.data.sum(0)
-            together = [dict(record) for record in RECORDS[:16]]
-            instruct.generate_responses(self.model, self.tokenizer, together, "phi3", 20, 5)
-            for entry in together:
-                prompt = gpt.text_to_token_ids(
-                    instruct.format_input(entry, "phi3") + "\n<|assistant|>\n", self.tokenizer)
-                steps = min(20, 64 - prompt.shape[1])
-                new = generate_text_simple(self.model, prompt, steps, 64)[0, prompt.shape[1]:]
-                new = new.tolist()
-                new = new[:new.index(256)] if 256 in new else new
-                self.assertEqual(entry["model_response"], self.tokenizer.decode(new).strip())
+        self.model = tiny_model()
+        self.model.out_head.weight.data[256] *= 4      # so that rows end at different places
+        together = [dict(record) for record in RECORDS[:16]]
+        quietly(instruct.generate_responses, self.model, BYTES, together, "phi3", 20, 5)
+        lengths = set()
+        for entry in together:
+            prompt = gpt.text_to_token_ids(
+                instruct.format_input(entry, "phi3") + "\n<|assistant|>\n", BYTES)
+            steps = max(0, min(20, 64 - prompt.shape[1]))
+            new = generate_text_simple(self.model, prompt[:, :64], steps, 64)
+            new = new[0, prompt.shape[1]:].tolist()
+            new = new[:new.index(256)] if 256 in new else new
+            lengths.add(len(new))
+            self.assertEqual(entry["model_response"], BYTES.decode(new).strip())
+        self.assertGreater(len(lengths), 3)
 
     def test_a_run_answers_scores_and_is_asked(self):
-        out = self.run_script("--out", "i.pt", "--epochs", "3")
-        entries = json.loads(Path("i-responses.json").read_text(encoding="utf-8"))
+        out = self.ok(*INSTRUCT, "--epochs", 3, "--train", "lora")
+        entries = json.loads(Path("run-responses.json").read_text(encoding="utf-8"))
         self.assertEqual([e["output"] for e in entries], [r["output"] for r in RECORDS[25:28]])
-        self.assertTrue(all(isinstance(e["model_response"], str) for e in entries))
-        scores = json.loads(Path("i-scores.json").read_text(encoding="utf-8"))
-        self.assertAlmostEqual(scores["perplexity"], math.exp(scores["response_loss"]))
-        self.assertIn(f"token F1 {scores['token_f1']:.3f}", out)
-        status, out, _ = call(instruct.main, "--out", "i.pt", "--ask", entries[0]["instruction"],
-                              "--input", entries[0]["input"], "--dtype", "float32")
-        self.assertEqual((status, out.strip()), (0, entries[0]["model_response"]))
+        f1 = sum(e["token_f1"] for e in entries) / 3
+        self.assertIn(f"token F1 {f1:.3f}", out)
+        for entry in entries:
+            asked = ("--ask", entry["instruction"], "--input", entry["input"], "--dtype", "float32")
+            answer = self.ok(instruct.main, "--checkpoint", "run.pt", *asked, "--max-new-tokens", 8)
+            self.assertEqual(answer.strip(), entry["model_response"])
         with mock.patch("builtins.input", side_effect=["Say one", "x" * 99, "/reset", EOFError]):
             with mock.patch.object(sys, "stdin", mock.Mock()):
-                status, out, _ = call(instruct.main, "--out", "i.pt", "--chat")
-        self.assertEqual(status, 0)
-        self.assertIn("no room for an answer in the context of 64", out)
+                out = self.ok(instruct.main, "--checkpoint", "run.pt", "--chat")
+        self.assertIn("no room for an answer in the context of 64", out.replace("\n", " "))
 
     def test_token_f1_written_out(self):
         self.assertAlmostEqual(instruct.token_f1("The cat sat.", "the cat sat down"), 6 / 7)
@@ -2804,144 +1885,196 @@ class TestInstructionTraining(InFolder):
         self.assertEqual(instruct.token_f1("?", "?"), 1.0)
 
     def test_records_longer_than_the_context_are_counted(self):
-        records = RECORDS + [{"instruction": "x" * 60, "input": "", "output": "y"},
-                             {"instruction": "x" * 20, "input": "", "output": "y" * 60}] * 10
-        Path("records.json").write_text(json.dumps(records), encoding="utf-8")
-        out = self.run_script("--out", "i.pt", "--max-steps", "1")
+        long = [{"instruction": "x" * 60, "input": "", "output": "y"},
+                {"instruction": "x" * 20, "input": "", "output": "y" * 60}] * 10
+        self.write("records.json", json.dumps(RECORDS + long))
+        out = self.ok(*INSTRUCT, "--max-steps", 1)
         self.assertIn("10 lose the end of the answer, 10 have no room", out)
-        Path("records.json").write_text(json.dumps(records[30:31] * 9), encoding="utf-8")
-        self.assertIn("at least one of each", self.run_script("--out", "j.pt", expect=1))
-
-    def test_wrong_use_is_one_sentence(self):
-        for argv, status, words in [
-                (["--input", "x"], 2, "goes with --ask"), (["--chat", "--ask", "x"], 2, "not"),
-                (["--judge", "x", "--no-responses"], 2, "nothing to judge"),
-                (["--ask", "x", "--out", "none.pt"], 1, "no checkpoint none.pt to talk to"),
-                (["--ask", "x" * 99, "--out", "tiny.pt"], 1, "ask it shorter"),
-                (["--init", "records.json"], 1, "not a checkpoint"), ([], 1, "load_gpt2.py"),
-                (["--out", "tiny.pt", "--resume", "--data", "records.json", "--prompt-style",
-                  "phi3"], 1, "not a run of finetune_instruct.py"),
-                (["--judge", "x", "--judge-url", "http://localhost:1"], 1, "ollama serve"),
-                (["--judge", "x", "--judge-url", "nonsense"], 1, "is not an address")]:
-            with self.subTest(argv=argv):
-                actual, out, err = call(instruct.main, *argv)
-                self.assertEqual(actual, status, out + err)
-                self.assertIn(words, err)
-                self.assertEqual(err.strip().count("\n"), 0)
-
-    def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(self):
-        self.run_script("--out", "i.pt", "--max-steps", "2", "--no-responses")
-        before = Path("i.pt").read_bytes()
-        with mock.patch.object(instruct, "accumulate_gradients", return_value=math.nan):
-            err = self.run_script("--out", "i.pt", "--resume", "--no-responses", expect=1)
-        self.assertIn("the loss is nan at step 3", err)
-        with mock.patch.object(instruct, "mean_loss", return_value=math.nan):
-            err = self.run_script("--out", "i.pt", "--resume", "--no-responses", expect=1)
-        self.assertIn("the validation loss is nan at step", err)
-        self.assertEqual(Path("i.pt").read_bytes(), before)
-
-    def test_test_records_that_all_exceed_the_context_have_answers_but_no_loss(self):
-        records = [{**r, "instruction": "x" * 99} if 25 <= i < 28 else r
-                   for i, r in enumerate(RECORDS)]
-        Path("records.json").write_text(json.dumps(records), encoding="utf-8")
-        out = self.run_script("--out", "i.pt", "--max-steps", "1")
-        self.assertIn("3 answers: exact match", out)
-        scores = json.loads(Path("i-scores.json").read_text(encoding="utf-8"))
-        self.assertIsNone(scores["response_loss"])
 
 
 class TestJudge(InFolder):
     def setUp(self):
         super().setUp()
-        self.server = http.server.ThreadingHTTPServer(("localhost", 0), FakeOllama)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.addCleanup(self.server.server_close)
-        self.addCleanup(self.server.shutdown)
-        self.base = f"http://localhost:{self.server.server_port}"
-        self.url = self.base + "/api/chat"
-        FakeOllama.replies, FakeOllama.questions = [], []
+        test, self.replies, self.questions = self, [], []
 
-    def test_the_question_is_the_books_and_the_first_integer_counts(self):
-        FakeOllama.replies[:] = ["87", "Score: 40/100", "very good", "1000"]
+        class FakeOllama(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                length = int(self.headers["Content-Length"])
+                test.questions.append(json.loads(self.rfile.read(length)))
+                reply = test.replies.pop(0)
+                body = reply if isinstance(reply, bytes) else json.dumps(
+                    {"message": {"content": reply}}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("localhost", 0), FakeOllama)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        self.url = f"http://localhost:{server.server_port}/api/chat"
+
+    def test_the_question_is_the_book_s_and_the_first_integer_counts(self):
+        self.replies[:] = ["87", "Score: 40/100", "very good", "1000"]
         entries = [{"instruction": "Add.", "input": "", "output": "3", "answer": f"{i}"}
                    for i in range(4)] + [{"instruction": "", "output": "", "answer": ""}]
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
             scores = instruct.generate_model_scores(entries, "answer", url=self.url)
         self.assertEqual(scores, [87, 40, 0])
         self.assertIn("'very good'", out.getvalue())
-        self.assertIn("2 of 5 replies", out.getvalue())
-        question = FakeOllama.questions[0]
+        question = self.questions[0]
         self.assertEqual(question["options"], {"seed": 123, "temperature": 0, "num_ctx": 2048})
         self.assertEqual(question["messages"][0]["content"],
                          f"Given the input `{instruct.format_input(entries[0])}` and correct "
                          "output `3`, score the model response `0` on a scale from 0 to 100, where "
                          "100 is the best score. Respond with the integer number only.")
 
-    def test_each_failure_is_a_sentence(self):
-        def drop(handler):
-            handler.send_response(200)
-            handler.send_header("Content-Length", "1000")
-            handler.end_headers()
-            handler.wfile.write(b'{"message": {"content": "8"}, "done": false}\n')
-
-        for reply, words in [
-                (lambda h: time.sleep(1), "sent nothing for 0.3 s"), (drop, "broke off"),
-                (lambda h: h.send(b'{"message": {"content": "8"}}\n'), "broke off"),
-                (lambda h: h.send(b'{"error": "out of memory"}', 500), "reports: out of memory"),
-                (lambda h: h.send(b'{"message": \n'), "no answer of Ollama"),
-                (lambda h: h.send(b"[1]\n"), "no answer of Ollama"),
-                (lambda h: h.send(b"<html>", 502), "<html>")]:
-            FakeOllama.replies[:] = [reply]
-            with self.subTest(words), self.assertRaisesRegex(UserError, words):
-                instruct.query_model("?", url=self.url, timeout=0.3)
-        with self.assertRaisesRegex(UserError, "ollama pull phi3 .it has: llama3:latest"):
-            instruct.find_judge("phi3", self.url)
-
-    def test_a_failure_loses_no_answer_and_no_score(self):
-        model = tiny_model(context_length=64)
-        model.final_norm.shift.data.fill_(1.0)
-        model.out_head.weight.data[65] = 5.0  # it answers AAA
-        gpt.save_checkpoint("tiny.pt", model, gpt.load_tokenizer("bytes"))
-        Path("records.json").write_text(json.dumps(RECORDS), encoding="utf-8")
-        args = ["--init", "tiny.pt", "--data", "records.json", "--prompt-style", "phi3", "--out",
-                "i.pt", "--max-steps", "1", "--max-new-tokens", "3", "--lr", "1e-6", "--judge",
-                "llama3", "--judge-url", self.base]
-        FakeOllama.replies[:] = ["11", lambda h: h.send(b'{"error": "out of memory"}', 500)]
-        status, _, err = call(instruct.main, *args)
-        self.assertEqual(status, 1)
-        self.assertIn("out of memory", err)
-        first = json.loads(Path("i-responses.json").read_text(encoding="utf-8"))
-        self.assertEqual([e.get("judge", {}).get("score") for e in first], [11, None, None])
-        self.assertEqual([e["model_response"] for e in first], ["AAA"] * 3)
-        FakeOllama.replies[:] = ["22", "33"]
-        status, out, err = call(instruct.main, *args, "--resume")
-        self.assertEqual(status, 0, err)
-        self.assertIn("22.00 of 100, mean of 3 of 3", out)
-        second = json.loads(Path("i-responses.json").read_text(encoding="utf-8"))
-        self.assertEqual([e["judge"]["score"] for e in second], [11, 22, 33])
+    def test_a_failure_is_a_sentence_and_loses_no_score(self):
+        entries = [{**r, "model_response": "AAA"} for r in RECORDS[:3]]
+        self.write("run-responses.json", json.dumps(entries))
+        judge = (instruct.main, "--judge", "llama3", "--judge-url", self.url, "--out", "run.pt")
+        for reply, words in ((b'{"error": "out of memory"}', "out of memory.*ollama pull llama3"),
+                             (b"<html>", "<html>"), (b"[1]", "gave no answer")):
+            self.replies[:] = [reply]
+            with self.assertRaisesRegex(UserError, words):
+                instruct.query_model("?", url=self.url)
+        self.replies[:] = ["11", b'{"error": "busy"}']
+        self.assertEqual(call(*judge)[0], 1)
+        self.replies[:] = ["22", "33"]
+        self.assertIn("22.00 of 100, mean of 3 of 3", self.ok(*judge))
+        entries = json.loads(Path("run-responses.json").read_text(encoding="utf-8"))
+        self.assertEqual([e["judge"]["score"] for e in entries], [11, 22, 33])
 
 
 # ---------------------------------------------------------------------------------------------
-# All scripts
+# All scripts: mistakes people make, each one sentence
 
-class TestScripts(unittest.TestCase):
-    def test_every_script_answers_help(self):
-        for script in ("gpt", "tokenizer", "pretrain", "load_gpt2", "finetune_classifier",
-                       "finetune_instruct"):
-            done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"],
-                                  capture_output=True, text=True, timeout=60)
-            self.assertEqual((done.returncode, done.stderr), (0, ""), script)
-            self.assertIn("usage:", done.stdout)
+class TestRefusals(InFolder):
+    def check(self, cases):
+        files = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+        for run, flags, status, words in cases:
+            with self.subTest(flags=flags, words=words):
+                actual, _, err = call(*run, *flags)
+                self.assertEqual(actual, status, err)
+                self.assertIn(words, err)
+                self.assertEqual(err.strip().count("\n"), 0, err)
+        self.assertEqual({path: path.read_bytes() for path in Path().rglob("*") if path.is_file()
+                          and path.parent.name != "data"}, files)
 
+    def test_what_people_mistype_or_lack(self):
+        self.write("empty.txt", "")
+        self.write("short.txt", "too short")
+        self.write("latin.txt", "café".encode("latin-1") * 100)
+        self.write("binary.txt", b"a\0b" * 100)
+        self.write("cut.pt", b"PK\3\4 not much")
+        self.write("one.tsv", labelled_lines(classes=("ham",)))
+        self.write("rare.tsv", labelled_lines() + "eggs\ta\neggs\tb\n")
+        self.write("ragged.csv", "label,text\nham,Hello\nham,Hello, how are you\n")
+        self.write("quote.csv", 'a,"x\nb,y\n')
+        Path("folder").mkdir()
+        pre, clf_, ins = PRETRAIN, CLASSIFY, INSTRUCT
+        self.check([
+            (pre, ("--data", "none.txt"), 1, "No such file or directory: 'none.txt'"),
+            (pre, ("--data", "empty.txt"), 1, "is empty"),
+            (pre, ("--data", "short.txt"), 1, "short.txt is too short"),
+            (pre, ("--data", "folder"), 1, "has no text"),
+            (pre, ("--data", "latin.txt"), 1, "not UTF-8 text"),
+            (pre, ("--data", "binary.txt"), 1, "not a text file"),
+            (pre, ("--data", "x\x1b[31m"), 1, "x"),
+            (pre, ("--tokenizer", "gpt9"), 1, "unknown tokenizer"),
+            (pre, ("--tokenizer", "none.tiktoken"), 1, "python tokenizer.py train"),
+            (pre, ("--device", "tpu"), 1, "not available"),
+            (pre, ("--n-heads", 5), 1, "cannot be shared out"),
+            (pre, ("--out", "folder/text.txt/../../text.txt/x.pt"), 1, "text.txt"),
+            ((pretrain.main,), ("--init", "none.pt"), 1, "no checkpoint"),
+            ((pretrain.main,), ("--init", "cut.pt"), 1, "cut short"),
+            ((pretrain.main,), ("--preset", "gpt2"), 1, "--data FILE-OR-FOLDER"),
+            (clf_, ("--data", "none.tsv"), 1, "No such file or directory"),
+            (clf_, ("--data", "empty.txt"), 1, "is empty"),
+            (clf_, ("--data", "one.tsv"), 1, "has 1 classes"),
+            (clf_, ("--data", "rare.tsv"), 1, "'eggs' of rare.tsv has too few texts to split, 2"),
+            (clf_, ("--data", "ragged.csv"), 1, "line 3: 3 columns, expected 2"),
+            (clf_, ("--data", "quote.csv"), 1, "quote.csv, line 2"),
+            (clf_, ("--label-column", "stars"), 1, "no column 'stars'"),
+            (clf_, ("--text-column", "1"), 1, "the same column"),
+            (clf_, ("--init", "text.txt"), 1, "not a checkpoint"),
+            ((clf.main,), (), 1, "This stage teaches a language model to tell spam from ham"),
+            ((clf.main,), ("--classify", "x", "--checkpoint", "tiny.pt"), 1, "a classifier is"),
+            (ins, ("--data", "none.json"), 1, "No such file or directory"),
+            (ins, ("--data", "text.txt"), 1, "not JSON"),
+            ((instruct.main,), (), 1, "This stage teaches a language model to follow"),
+            ((instruct.main,), ("--ask", "x", "--checkpoint", "none.pt"), 1, "no checkpoint none"),
+            ((instruct.main,), ("--ask", "x" * 99, "--checkpoint", "tiny.pt"), 1, "ask it shorter"),
+            ((instruct.main,), ("--judge", "x", "--out", "no.pt"), 1, "there are no answers"),
+            ((gpt.main,), ("--prompt", "x"), 1, "python pretrain.py"),
+            ((gpt.main,), ("--checkpoint", "tiny.pt", "--explain", "--layer", 2), 1, "2 layers"),
+            ((load_gpt2.main,), ("--from", "nowhere"), 1, "nowhere"),
+            ((load_gpt2.main,), ("--from", "folder"), 1, "holds neither format"),
+            ((tok.main,), ("train", "none.txt"), 1, "No such file"),
+            ((tok.main,), ("train", "text.txt", "--vocab-size", 9), 1, "at least 257"),
+        ])
+
+    def test_wrong_usage_is_status_2(self):
+        self.check([(run, flags, 2, "see ") for run, flags in [
+            (PRETRAIN, ("--batch-size", 0)), (PRETRAIN, ("--max-steps", -1)),
+            (PRETRAIN, ("--lr", "nan")), (PRETRAIN, ("--lr", 0)), (PRETRAIN, ("--lr", "inf")),
+            (PRETRAIN, ("--epochs", "x")), (PRETRAIN, ("--preset", "none")),
+            (PRETRAIN, ("--val-share", 1.5)), (PRETRAIN, ("--dtype", "x")),
+            (PRETRAIN, ("--out", "run.txt")), (PRETRAIN, ("--max", 3)),
+            ((pretrain.main,), ("--init", "a.pt", "--tokenizer", "bytes")),
+            ((gpt.main,), ("--temperature", "-1")), ((gpt.main,), ("--top-p", 2)),
+            ((gpt.main,), ("--top-k", 0)), ((gpt.main,), ("--non\x1bsense",)),
+            (CLASSIFY, ("--train", "some")), (CLASSIFY, ("--seed", "9" * 20)),
+            ((instruct.main,), ("--input", "x")), ((instruct.main,), ("--chat", "--ask", "x")),
+            ((load_gpt2.main,), ("--size", "3B")),
+            ((load_gpt2.main,), ("--export", "x/", "--quantize", "q8_0")),
+            ((tok.main,), ("compare", "text.txt"))]])
+
+    def test_without_a_network_the_error_says_where_to_put_the_file(self):
+        import requests
+        for (main, *argv), path in [
+                ((pretrain.main, "--preset", "verdict"), "the-verdict.txt"),
+                ((clf.main, "--init", "tiny.pt"), "SMSSpamCollection"),
+                ((instruct.main, "--init", "tiny.pt"), "instruction-data.json"),
+                ((tok.main, "encode", "hi"), "vocab.bpe")]:
+            with mock.patch("requests.get", side_effect=requests.ConnectionError("unplugged")):
+                status, _, err = call(main, *argv)
+            self.assertEqual(status, 1)
+            for part in (os.path.join("data", path), "unplugged", "https://"):
+                self.assertIn(part, err)
+
+
+class TestRepository(unittest.TestCase):
     def test_a_stage_imports_nothing_of_ours_but_gpt(self):
         ours = {path.stem for path in ROOT.glob("*.py")} - {"gpt"}
-        for script in ROOT.glob("*.py"):
-            if script.name == "test_all.py":
-                continue
+        for script in set(ROOT.glob("*.py")) - {ROOT / "test_all.py"}:
             code = script.read_text(encoding="utf-8")
             words = re.findall(r"^\s*(?:from|import) (\w+)", code, re.MULTILINE)
             self.assertFalse(ours & set(words), script.name)
+            self.assertIn("The lesson ends here", code)
+
+    def test_every_command_in_the_readme_parses_and_every_file_it_names_exists(self):
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        commands = re.findall(r"^!?(?:torchrun \S+ \d+|python) (\w+\.py.*?)(?:  +#.*)?$", readme,
+                              re.MULTILINE)
+        self.assertGreater(len(commands), 20)
+        helps = {}
+        for command in commands:
+            script, *words = shlex.split(command, comments=True)
+            sub = [w for w in words[:1] if script == "tokenizer.py" and not w.startswith("-")]
+            if (script, *sub) not in helps:
+                done = subprocess.run([sys.executable, str(ROOT / script), *sub, "--help"],
+                                      capture_output=True, text=True, timeout=60)
+                self.assertEqual((done.returncode, done.stderr), (0, ""), command)
+                helps[(script, *sub)] = done.stdout
+            for flag in re.findall(r"--[a-z][a-z0-9-]+", " ".join(words)):
+                self.assertIn(flag, helps[(script, *sub)], command)
+        for name in re.findall(r"`(\w+\.py)`", readme):
+            self.assertTrue((ROOT / name).exists(), name)
 
 
 if __name__ == "__main__":
