@@ -6,20 +6,19 @@
     python finetune_instruct.py --chat
     python finetune_instruct.py --ask "Rewrite in the passive voice." --input "I ate the fish."
 
-Reads a checkpoint and records of instruction, input and output. Writes checkpoints/instruct.pt (the
-model with the lowest validation loss), instruct.csv (the metrics) and instruct-responses.json (the
-answers to the test records, with scores). Shapes as in gpt.py: B rows, T tokens, V vocabulary.
+Reads a checkpoint and records of instruction, input and output; writes checkpoints/instruct.pt (the
+model with the lowest validation loss), instruct.csv (the metrics) and instruct-responses.json
+(answers to the test records, with scores). Shapes as in gpt.py: B rows, T tokens, V vocabulary.
 """
 
 import argparse
 import collections
 import contextlib
-import functools
-import itertools
 import json
 import math
 import re
 import sys
+import types
 from pathlib import Path
 
 import requests
@@ -35,25 +34,20 @@ from gpt import (
     replace_linear_with_lora, run_main, say, scale_lr, text_to_token_ids, write_atomically)
 
 # ---------------------------------------------------------------------------------------------
-# Classification or instructions? A classifier (finetune_classifier.py) answers one question with
-# one of a few labels; it needs little data and is easy to measure. A model finetuned on
-# instructions can be asked anything in words and answers in words; it needs a larger model and many
-# different examples, and is hard to measure. Which labels a text has is a case for the first, and
-# how to say it otherwise for the second.
+# Classification or instructions? A classifier (finetune_classifier.py) gives one of a few labels:
+# it needs little data and is easy to measure. A model finetuned on instructions can be asked
+# anything: it needs a larger model, many different examples, and is hard to measure.
 #
 # The prompt. A record has an instruction, sometimes an input, and the output wanted. Training shows
 # the model all three in one fixed form, so that later the first two alone call forth the third.
 
 PROMPT_STYLES = {  # the text put before a record's instruction, input and output
-    "alpaca": {  # Taori et al. 2023; the book's section 7.2
-        "instruction": "Below is an instruction that describes a task. Write a response that "
-                       "appropriately completes the request.\n\n### Instruction:\n",
-        "input": "\n\n### Input:\n",
-        "output": "\n\n### Response:\n"},
-    "phi3": {  # Abdin et al. 2024; the book's exercise 7.1
-        "instruction": "<|user|>\n",
-        "input": "\n",
-        "output": "\n<|assistant|>\n"},
+    # Taori et al. 2023; the book's section 7.2
+    "alpaca": {"instruction": "Below is an instruction that describes a task. Write a response "
+                              "that appropriately completes the request.\n\n### Instruction:\n",
+               "input": "\n\n### Input:\n", "output": "\n\n### Response:\n"},
+    # Abdin et al. 2024; the book's exercise 7.1
+    "phi3": {"instruction": "<|user|>\n", "input": "\n", "output": "\n<|assistant|>\n"},
 }
 
 
@@ -73,9 +67,9 @@ def encode_prompt(entry, tokenizer, style="alpaca"):
 class InstructionDataset(Dataset):
     """Records as token lists: item i is prompt + answer. Section 7.3.
 
-    `prompt_lengths[i]` says where the answer begins. Prompt and answer are encoded apart, so that
-    training shows the model exactly the tokens that it sees when it is asked. A record whose prompt
-    leaves no room for an answer within `max_length` tokens is left out.
+    Prompt (`prompt_lengths[i]` tokens) and answer are encoded apart, so that training shows the
+    model exactly the tokens that it sees when it is asked. A record whose prompt leaves no room for
+    an answer within `max_length` tokens is left out.
     """
 
     def __init__(self, data, tokenizer, style="alpaca", max_length=math.inf):
@@ -83,7 +77,7 @@ class InstructionDataset(Dataset):
         for entry in data:
             prompt = encode_prompt(entry, tokenizer, style)
             if len(prompt) < max_length:
-                answer = text_to_token_ids(entry["output"], tokenizer)[0].long().tolist()
+                answer = text_to_token_ids(entry["output"], tokenizer)[0].tolist()
                 self.data.append(entry)
                 self.encoded_texts.append(prompt + answer)
                 self.prompt_lengths.append(len(prompt))
@@ -142,14 +136,12 @@ def calc_loss_batch(input_batch, target_batch, model, device):
 
 
 def train_model_simple(model, dataset, optimizer, device, num_epochs, batch_size, pad_token_id):
-    """Train on an InstructionDataset, the whole text a target as in section 7.6.
-
-    `train_model` below is what runs. Returns the list of losses, one per step.
-    """
+    """Train on an InstructionDataset, prompts too; return each step's loss. Section 7.6."""
+    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True,
+                        collate_fn=lambda batch: custom_collate_fn(batch, pad_token_id))
     losses = []
-    collate = functools.partial(custom_collate_fn, pad_token_id=pad_token_id)
-    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     model.train()
+
     for _ in range(num_epochs):
         for input_batch, target_batch in loader:
             optimizer.zero_grad()
@@ -161,26 +153,23 @@ def train_model_simple(model, dataset, optimizer, device, num_epochs, batch_size
 
 
 def train_model(model, train_set, run, optimizer, args, device, dtype, evaluate):
-    """The loop that runs. `run` (gpt.py) seeds each step, evaluates, saves, resumes.
-
-    The losses are `packed_losses`, the same numbers made faster, behind the lesson.
-    """
+    """The loop that runs. `run` (gpt.py) seeds each step, evaluates, saves, resumes."""
     for step in run.steps(evaluate):
-        # The step's records in batches; how many targets they have is known before the first.
+        # The step's records in batches, and how many targets these have together.
         rows = run.rows_of_step(step, len(train_set))
         batches = make_batches(train_set, rows, args, model, args.mask_prompt)
-        num_targets = sum(int((targets != -100).sum()) for _, _, targets in batches)
+        num_targets = sum(int((targets != -100).sum()) for _, targets in batches)
 
-        # Gradients, a batch at a time. Dividing by the targets of the whole step makes many small
-        # batches equal one large one, also when they hold different numbers of targets.
+        # Dividing by the targets of the whole step makes many small batches equal one large one,
+        # also when they hold different numbers of targets. `packed_losses`, behind the lesson, is
+        # `calc_loss_batch` made faster.
         step_loss = 0.0
-        for _, inputs, targets in batches:
+        for inputs, targets in batches:
             with autocast(device, dtype):
                 losses = packed_losses(model, inputs.to(device), targets.to(device))
             loss = losses.sum() / num_targets
             loss.backward()
             step_loss += loss.detach()
-
         optimizer.step()
         optimizer.zero_grad()
         run.record(step_loss, sum(len(train_set[i]) for i in rows))
@@ -191,30 +180,28 @@ def train_model(model, train_set, run, optimizer, args, device, dtype, evaluate)
 
 def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens=256,
                        batch_size=32):
-    """Give each entry a `model_response`, greedily. Section 7.7.
+    """Give each entry a `model_response`, greedily, as if its prompt were alone. Section 7.7.
 
-    An answer ends with the end of text, after `max_new_tokens` or where the context does, and is
-    the same as if its prompt had been alone.
+    An answer ends with the end of text, after `max_new_tokens` or where the context does.
     """
     context, end = model.cfg["context_length"], tokenizer.eot_token
-    device = model.tok_emb.weight.device
     progress = Progress(len(entries), "answers")
 
     # Prompts of like length go together, so that little is padded.
-    prompts = [encode_prompt(entry, tokenizer, style) for entry in entries]
-    order = sorted(range(len(entries)), key=lambda i: len(prompts[i]))
-    for done in range(0, len(order), batch_size):
-        batch = order[done:done + batch_size]
-        lengths = [len(prompts[i]) for i in batch]
-        idx, _ = custom_collate_fn([prompts[i] for i in batch], end, device=device)
+    pairs = [(encode_prompt(entry, tokenizer, style), entry) for entry in entries]
+    pairs.sort(key=lambda pair: len(pair[0]))
+    for done in range(0, len(pairs), batch_size):
+        prompts, batch = zip(*pairs[done:done + batch_size])
+        lengths = [len(prompt) for prompt in prompts]
+        idx, _ = custom_collate_fn(prompts, end, device=model.tok_emb.weight.device)
         out = generate(model, idx, min(max_new_tokens, context - lengths[0]), context, eos_id=end,
                        lengths=torch.tensor(lengths))
 
         # Of each row the new tokens, up to its end of text.
-        for i, length, new in zip(batch, lengths, out[:, idx.shape[1]:].tolist()):
-            answer = itertools.takewhile(lambda token: token != end, new[:context - length])
-            entries[i]["model_response"] = tokenizer.decode(list(answer)).strip()
-        progress.update(done + len(batch), f"answer {done + len(batch)} of {len(order)}")
+        for entry, length, new in zip(batch, lengths, out[:, idx.shape[1]:].tolist()):
+            answer = [*new[:context - length], end]
+            entry["model_response"] = tokenizer.decode(answer[:answer.index(end)]).strip()
+        progress.update(done + len(batch), f"answer {done + len(batch)} of {len(pairs)}")
     progress.close()
 
 
@@ -232,9 +219,9 @@ def token_f1(answer, truth):
 
 
 def score_responses(entries, losses):
-    """Write scores into each entry; return their means. `losses`: see `record_losses`.
+    """Write scores into each entry; return their means. `losses` are `record_losses`.
 
-    The response loss is that of the right answer's tokens, in nats; e to it is the perplexity, as
+    The response loss, in nats, is that of the right answer's tokens; e to it is the perplexity, as
     if the model hesitated between so many tokens.
     """
     for entry, (total, count) in zip(entries, losses.tolist()):
@@ -242,10 +229,10 @@ def score_responses(entries, losses):
         entry["exact_match"] = entry["model_response"] == entry["output"].strip()
         entry["token_f1"] = round(token_f1(entry["model_response"], entry["output"]), 4)
 
-    loss = float(losses[:, 0].sum() / losses[:, 1].sum())
-    means = {name: sum(entry[name] for entry in entries) / len(entries)
-             for name in ("exact_match", "token_f1")}
-    return {"response_loss": loss, "perplexity": math.exp(min(loss, 99)), **means}
+    total, count = losses.sum(dim=0)
+    return {"response_loss": float(total / count), "perplexity": float((total / count).exp()),
+            **{name: sum(entry[name] for entry in entries) / len(entries)
+               for name in ("exact_match", "token_f1")}}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,11 +242,7 @@ OLLAMA = "http://localhost:11434/api/chat"
 
 
 def query_model(prompt, model="llama3", url=OLLAMA, timeout=300):
-    """One question to an Ollama server -> its answer, a text. Section 7.8.
-
-    The same question gets the same answer. `timeout` is in seconds without a byte. Raises
-    UserError when there is no server, or when it sends an error or nonsense.
-    """
+    """One question to an Ollama server -> its answer, the same each time. Raises UserError."""
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": False,
             "options": {"seed": 123, "temperature": 0, "num_ctx": 2048}}
     reply = None
@@ -267,39 +250,34 @@ def query_model(prompt, model="llama3", url=OLLAMA, timeout=300):
         reply = requests.post(url, json=body, timeout=timeout)
         return reply.json()["message"]["content"]
     except (requests.RequestException, KeyError, TypeError) as e:
-        reason = e if reply is None else f"it sent {reply.text[:80]!r}"
+        reason = e if reply is None else reply.text[:80]
         raise UserError(f"the judge at {url} gave no answer ({reason}); start it with: ollama "
-                        f"serve, get its model with: ollama pull {model}, and repeat the "
-                        "command") from None
+                        f"serve, and get its model with: ollama pull {model}") from None
 
 
 def generate_model_scores(json_data, json_key, model="llama3", url=OLLAMA, save=lambda: None):
     """Let `model` score each entry's `json_key` from 0 to 100 -> list of scores. Section 7.8.
 
-    A score is the first number of the reply; one without a score is shown and does not count.
-    Score and reply go into entry["judge"], then `save()` is called, so that after a failure
-    (UserError) another call only asks for what is missing.
+    A score is the first such number in the reply; a reply without one does not count. Both go into
+    entry["judge"], then `save()` is called, so that after a failure (UserError) another call only
+    asks for what is missing.
     """
     progress = Progress(len(json_data), "scores")
-    for i, entry in enumerate(json_data):
+    for i, entry in enumerate(json_data, 1):
         if entry.get("judge", {}).get("model") != model:
             # The book's words, so that scores can be compared with its own.
             prompt = (f"Given the input `{format_input(entry)}` and correct output "
                       f"`{entry['output']}`, score the model response `{entry[json_key]}` on a "
                       "scale from 0 to 100, where 100 is the best score. Respond with the integer "
                       "number only.")
-            reply = query_model(prompt, model, url) if entry[json_key] else "0"
-            found = re.search(r"-?\d+", reply)
-            valid = found and re.fullmatch(r"100|\d\d?", found[0])
-            entry["judge"] = {"model": model, "score": int(found[0]) if valid else None,
-                              "reply": reply}
-            save()
 
-        # What was scored now or before.
-        if entry["judge"]["score"] is None:
-            progress.close()
-            say(f"answer {i}: no score from 0 to 100 in {entry['judge']['reply'][:200]!r}")
-        progress.update(i + 1, f"score {i + 1} of {len(json_data)}")
+            # An empty answer gets 0 without a question.
+            reply = query_model(prompt, model, url) if entry[json_key] else "0"
+            found = re.search(r"(?<![-\d])(100|\d\d?)(?!\d)", reply)
+            score = int(found[0]) if found else None
+            entry["judge"] = {"model": model, "score": score, "reply": reply}
+            save()
+        progress.update(i, f"score {i} of {len(json_data)}")
     progress.close()
     return [e["judge"]["score"] for e in json_data if e["judge"]["score"] is not None]
 
@@ -309,78 +287,54 @@ def generate_model_scores(json_data, json_key, model="llama3", url=OLLAMA, save=
 # before, as far as that fits, but has never learned to refer to it: "and in French?" is a question
 # it cannot know how to take. A chat model is trained on whole conversations.
 
-def print_answer(model, tokenizer, ids, args, presses=()):
-    """Print the answer to the tokens `ids` while it is made; return its tokens."""
-    context = model.cfg["context_length"]
-    return print_stream(generate_stream(
-        model, torch.tensor([ids], device=model.tok_emb.weight.device),
-        min(args.max_new_tokens, context - len(ids)), context, args.temperature,
-        eos_id=tokenizer.eot_token, seed=args.seed), tokenizer, presses)
+def print_answer(model, tokenizer, style, entry, turns, args, presses=()):
+    """Print the answer to a question while it is made; both become the last of `turns`.
 
-
-def encode_question(model, tokenizer, style, instruction, given=""):
-    """A question -> the tokens to be answered. Raises UserError when it is too long."""
+    A turn is a list of tokens; the newest that fit in three quarters of the context are read.
+    Raises UserError when the question leaves no room for an answer.
+    """
     context = model.cfg["context_length"]
-    ids = encode_prompt({"instruction": instruction, "input": given}, tokenizer, style)
-    if len(ids) >= context:
-        raise UserError(f"the question is {len(ids)} tokens long, which leaves no room for an "
-                        f"answer in the context of {context}; ask it shorter")
-    return ids
+    prompt = encode_prompt(entry, tokenizer, style)
+    if len(prompt) >= context:
+        raise UserError(f"a question of {len(prompt)} tokens leaves no room for an answer in the "
+                        f"context of {context}; ask it shorter")
+    turns.append(prompt)
+    while len(turns) > 1 and sum(map(len, turns)) > context * 3 // 4:
+        del turns[0]
+
+    # The answer. An end of text follows it, as in training.
+    idx = torch.tensor([sum(turns, [])], device=model.tok_emb.weight.device)
+    stream = generate_stream(model, idx, min(args.max_new_tokens, context - idx.shape[1]), context,
+                             args.temperature, eos_id=tokenizer.eot_token, seed=args.seed)
+    turns[-1] += [*print_stream(stream, tokenizer, presses), tokenizer.eot_token]
 
 
 def chat(model, tokenizer, style, args):
-    """A conversation in the terminal; with each question go the newest turns that fit.
-
-    Ctrl-C stops an answer; where a question is awaited it ends the chat, as /exit and Ctrl-D do.
-    """
-    context, turns = model.cfg["context_length"], []
-    room = min(args.max_new_tokens, context // 4)  # for the answer
+    """A conversation in the terminal. Ctrl-C stops an answer, or the chat where it awaits text."""
+    turns = []
     print("/reset forgets the conversation; /exit or Ctrl-D ends it.")
     while True:
         try:
             text = input("> ").strip()
         except EOFError:
             return print()
+
         if text == "/exit":
             return
         if text == "/reset":
-            turns = []
+            turns.clear()
         elif text:
             try:
-                turns.append(encode_question(model, tokenizer, style, text))
+                with ctrl_c_waits() as presses:
+                    print_answer(model, tokenizer, style, {"instruction": text}, turns, args,
+                                 presses)
             except UserError as e:
                 print(e)
-                continue
-            while len(turns) > 1 and sum(map(len, turns)) + room > context:
-                turns.pop(0)
-            with ctrl_c_waits() as presses:
-                turns[-1] += print_answer(model, tokenizer, sum(turns, []), args, presses)
-            turns[-1].append(tokenizer.eot_token)
 
 
 # =============================================================================================
 # The lesson ends here. What follows: a faster loss, reading records, the command.
 # =============================================================================================
-
-class Packed:
-    """Several texts in one row of N tokens. Takes gpt.KVCache's place, but stores nothing: it
-    tells the model each token's position and which tokens it may see.
-
-    positions (N,): a token's place in its own text. mask (N, N): which tokens each token sees.
-    """
-
-    def __init__(self, positions, mask):
-        self.positions, self.mask = positions, mask
-        self.longest = int(positions.max()) + 1 - len(positions)  # what the model adds N to
-
-    def begin(self, T):
-        """The positions of all tokens."""
-        return self.positions
-
-    def extend(self, layer, keys, values):
-        """There are no earlier tokens."""
-        return keys, values
-
 
 def packed_losses(model, inputs, targets):
     """inputs, targets (B, T) -> (N,), the cross-entropy of each of the N targets in nats.
@@ -389,51 +343,52 @@ def packed_losses(model, inputs, targets):
     begin with, half of a prompt, is computed once, if none of its tokens is a target (with dropout
     the rows then share its noise). A step is 1.27 times as fast as with `calc_loss_batch`.
     """
-    is_target = targets != -100
     # P: the length of the beginning that all rows share, with no target in it.
+    is_target = targets != -100                                       # (B, T)
     P = int(((inputs == inputs[0]) & ~is_target).all(dim=0).cumprod(dim=0).sum())
     used = is_target.flip(1).cumsum(1).flip(1) > 0                    # up to a row's last target
     used[1:, :P] = False
-    rows, positions = used.nonzero(as_tuple=True)                     # (N,), (N,)
-    shared = positions < P
-    visible = ((rows == rows[:, None]) | shared) & (positions <= positions[:, None])
-    hidden = model.hidden_states(inputs[used][None], Packed(positions, visible))  # (1, N, C)
-    logits = model.out_head(hidden[0][is_target[used]])
+    rows, positions = used.nonzero(as_tuple=True)                     # (M,), (M,)
+    visible = ((rows == rows[:, None]) | (positions < P)) & (positions <= positions[:, None])
+
+    # In the place of gpt.KVCache, what tells the model each token's position in its own text, and
+    # which tokens each token sees. It stores nothing. The model adds M to `longest`.
+    cache = types.SimpleNamespace(
+        begin=lambda T: positions, extend=lambda layer, keys, values: (keys, values),
+        mask=visible, longest=int(positions.max()) + 1 - len(positions))
+    hidden = model.hidden_states(inputs[used][None], cache)[0]        # (M, C)
+    logits = model.out_head(hidden[is_target[used]])                  # (N, V)
     return F.cross_entropy(logits.float(), targets[is_target], reduction="none")
 
 
 def make_batches(dataset, rows, args, model, mask_prompt):
-    """Record numbers -> a list of (their numbers, inputs, targets).
+    """Record numbers -> a list of (inputs, targets) with at most --batch-size records each.
 
-    A batch has at most --batch-size records and, together, 4,096 tokens: packed in one row, their
-    attention grows with the square of its length.
+    A batch has at most 4,096 tokens: attention in the row it becomes grows with their square.
     """
-    context, parts, num_tokens = model.cfg["context_length"], [[]], 0
-    for i in rows:
-        length = min(len(dataset[i]), context)
-        if parts[-1] and (len(parts[-1]) == args.batch_size or num_tokens + length > 4096):
-            parts.append([])
-            num_tokens = 0
-        parts[-1].append(int(i))
-        num_tokens += length
-    return [(part, *custom_collate_fn(
-        [dataset[i] for i in part], allowed_max_length=context, pad_token_id=args.end,
-        prompt_lengths=[dataset.prompt_lengths[i] for i in part] if mask_prompt else None))
-        for part in parts if part]
+    context = model.cfg["context_length"]
+    longest = min(context, max(len(dataset[i]) for i in rows))
+    size = max(1, min(args.batch_size, 4096 // longest))
+
+    batches = []
+    for start in range(0, len(rows), size):
+        part = rows[start:start + size]
+        lengths = [dataset.prompt_lengths[i] for i in part] if mask_prompt else None
+        batches.append(custom_collate_fn([dataset[i] for i in part], args.end,
+                                         allowed_max_length=context, prompt_lengths=lengths))
+    return batches
 
 
 @torch.no_grad()
 def record_losses(model, dataset, args, device, dtype, mask_prompt):
     """-> (records, 2): the sum of each record's losses and the number of its targets."""
-    result = torch.zeros(len(dataset), 2, dtype=torch.float64)
-    for rows, inputs, targets in make_batches(dataset, range(len(dataset)), args, model,
-                                              mask_prompt):
+    result = []
+    for inputs, targets in make_batches(dataset, range(len(dataset)), args, model, mask_prompt):
         with autocast(device, dtype):
-            losses = packed_losses(model, inputs.to(device), targets.to(device)).cpu().double()
+            losses = packed_losses(model, inputs.to(device), targets.to(device)).cpu()
         counts = (targets != -100).sum(dim=1).tolist()
-        for i, row in zip(rows, losses.split(counts)):
-            result[i] = torch.tensor([row.sum(), len(row)])
-    return result
+        result += [(row.double().sum(), len(row)) for row in losses.split(counts)]
+    return torch.tensor(result, dtype=torch.float64)
 
 
 RECORDS_URLS = ["https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/"
@@ -442,70 +397,54 @@ RECORDS_SHA256 = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d1639
 
 
 def read_records(path):
-    """A JSON list, or a .jsonl file with a record per line -> records with three texts each.
-
-    Raises UserError with the line of what does not parse, or the number of a wrong record.
-    """
-    path, number = Path(path), 1
+    """A JSON list, or a .jsonl file with a record per line -> records. Raises UserError."""
     text = "".join(read_text_pieces(path)).removeprefix("\ufeff")
+    if Path(path).suffix.lower() == ".jsonl":  # a comma after each line but the last makes a list
+        text = "[" + re.sub(r"(?<=\S)(?=\s*\n\s*\S)", ",", text) + "]"
+
     try:
-        if path.suffix.lower() == ".jsonl":
-            records = []
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    records.append(json.loads(line))
-        else:
-            records = json.loads(text)
+        records = json.loads(text)
     except (ValueError, RecursionError) as e:  # also a number of 5,000 digits, brackets without end
-        raise UserError(f"{path} is not JSON: line {number + getattr(e, 'lineno', 1) - 1}: "
-                        f"{getattr(e, 'msg', e)}; a file with one record per line is to end in "
-                        ".jsonl") from None
+        raise UserError(f"{path} is not JSON: {e} (a record per line? name it .jsonl)") from None
     if not isinstance(records, list) or not records:
-        raise UserError(f'{path} holds no list of records; write [{{"instruction": ..., "input": '
-                        '..., "output": ...}, ...]')
+        raise UserError(f'{path} holds no list of records: [{{"instruction": "...", ...}}, ...]')
 
     # Only the three texts are kept; an input may be missing.
-    result = []
+    result, names = [], ("instruction", "input", "output")
     for i, record in enumerate(records):
-        entry = {name: record.get(name) if isinstance(record, dict) else None
-                 for name in ("instruction", "input", "output")}
-        entry["input"] = entry["input"] or ""
-        for name, value in entry.items():
-            if not isinstance(value, str):
+        entry = {**record, "input": record.get("input") or ""} if isinstance(record, dict) else {}
+        for name in names:
+            if not isinstance(entry.get(name), str):
                 raise UserError(f"{path}: record {i} (the first is 0) has no text as its {name}")
-        result.append(entry)
+        result.append({name: entry[name] for name in names})
     return result
 
 
 def make_datasets(path, tokenizer, style, context):
-    """Records in file order: 85 % to train, 10 % to test, the rest to validate. Section 7.2.
-
-    -> InstructionDatasets (train, validation, test). Raises UserError.
-    """
+    """A file -> InstructionDatasets to train (85 %), validate and test (10 %). Section 7.2."""
     records = read_records(path)
-    num_train, num_test = int(len(records) * 0.85), int(len(records) * 0.1)
-    train, test, val = (InstructionDataset(part, tokenizer, style, context) for part in (
-        records[:num_train], records[num_train:num_train + num_test],
-        records[num_train + num_test:]))
-    say(f"records  {path}: {len(train)} to train, {len(test)} to test, {len(val)} to validate")
-    left_out = len(records) - len(train) - len(test) - len(val)
-    cut = sum(len(ids) > context for part in (train, test, val) for ids in part)
+    a = int(len(records) * 0.85)
+    b = a + int(len(records) * 0.1)
+    parts = (records[:a], records[b:], records[a:b])
+    sets = [InstructionDataset(part, tokenizer, style, context) for part in parts]
+
+    # How many there are, and what is too long.
+    train, val, test = map(len, sets)
+    left_out = len(records) - train - val - test
+    cut = sum(len(ids) > context for part in sets for ids in part)
+    say(f"records  {path}: {train} to train, {val} to validate, {test} to test")
     if left_out or cut:
-        say(f"         longer than the context of {context} tokens: {cut} lose the end of the "
-            f"answer, {left_out} have no room for one and are left out; --prompt-style phi3 is "
-            "the shorter one")
-    if not len(train) or not len(val):
-        raise UserError(f"{path}: of {len(records)} records, {len(train)} are left to train and "
-                        f"{len(val)} to validate; at least one of each is needed")
-    return train, val, test
+        say(f"         longer than {context} tokens: {cut} lose the end of the answer, {left_out} "
+            "have no room for one; --prompt-style phi3 is shorter")
+    if not train or not val:
+        raise UserError(f"{path}: at least one record to train and one to validate are needed")
+    return sets
 
 
 def write_json(path, value):
-    """Write JSON that people can read, all or nothing."""
+    """Write JSON that people can read, all or nothing. What UTF-8 cannot hold becomes a ?."""
     with write_atomically(path) as part:
-        # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
-        with open(part, "w", encoding="utf-8", errors="replace") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8", "replace")
 
 
 def answer_and_score(test_set, args, device, dtype):
@@ -517,12 +456,13 @@ def answer_and_score(test_set, args, device, dtype):
     generate_responses(model, tokenizer, entries, args.prompt_style, args.max_new_tokens)
     scores = score_responses(entries, losses)
     write_json(path, entries)
+
+    # The first three to read, and the means of all.
     for entry in entries[:3]:
         say(f"\n{entry['instruction']} {entry['input']}".rstrip())
         say(f"  expected: {entry['output']}\n  answered: {entry['model_response']}")
-    say(f"\nscores   {len(entries)} answers: response loss {scores['response_loss']:.3f}, "
-        f"perplexity {scores['perplexity']:.2f}, exact match {scores['exact_match']:.1%}, token F1 "
-        f"{scores['token_f1']:.3f}\nanswers  {path}")
+    means = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
+    say(f"\nscores   {len(entries)} answers: {means}\nanswers  {path}")
 
 
 def judge(args):
@@ -531,35 +471,31 @@ def judge(args):
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         for entry in entries:
-            entry["instruction"], entry["input"], entry["output"], entry["model_response"]
-    except FileNotFoundError:
-        raise UserError(f"there are no answers {path}; make them with: python "
-                        "finetune_instruct.py") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} does not hold answers; make them anew with: python "
+            format_input(entry) + entry["output"] + entry["model_response"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"there are no answers in {path}; make them with: python "
                         "finetune_instruct.py") from None
     scores = generate_model_scores(entries, "model_response", args.judge, args.judge_url,
                                    lambda: write_json(path, entries))
-    mean = f"{sum(scores) / len(scores):.2f} of 100, mean of " if scores else ""
-    say(f"judge    {args.judge}: {mean}{len(scores)} of {len(entries)} answers scored")
-    say("The book's models, judged by Llama 3 8B: 51.75 (GPT-2 355M, two epochs, "
-        "--no-mask-prompt), 47.73\n(--mask-prompt), 50.23 (--train lora --no-mask-prompt).")
+    say(f"judge    {args.judge}: {sum(scores) / max(1, len(scores)):.2f} of 100, mean of "
+        f"{len(scores)} of {len(entries)} answers")
 
 
 def talk(args):
-    """--chat and --ask."""
+    """--chat, or --ask with one question."""
     device = pick_device(args.device)
     model, tokenizer, saved = load_checkpoint(args.checkpoint, device)
     model.to(pick_dtype(args.dtype, device))
     style = args.prompt_style or saved.get("prompt_style", "alpaca")
+
     if args.chat:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, lets input() edit a line and go back to earlier ones
         sys.stdin.reconfigure(errors="replace")
         chat(model, tokenizer, style, args)
     else:
-        print_answer(model, tokenizer,
-                     encode_question(model, tokenizer, style, args.ask, args.input), args)
+        entry = {"instruction": args.ask, "input": args.input}
+        print_answer(model, tokenizer, style, entry, [], args)
 
 
 def parse_arguments(argv):
@@ -567,35 +503,32 @@ def parse_arguments(argv):
     parser = ArgumentParser(description="Finetune a GPT to follow instructions; or talk to it.")
     arg = parser.add_argument
     arg("--data", type=Path, help="JSON or JSONL file of records instead of the book's 1,100")
-    arg("--init", type=Path, help="checkpoint to start from; default: the first of gpt2-355M.pt, "
-        "gpt2-124M.pt, pretrained.pt in checkpoints/")
-    arg("--prompt-style", choices=list(PROMPT_STYLES), help="how a record becomes a prompt; "
-        "default: the checkpoint's, else alpaca")
+    arg("--init", type=Path, help="where to start; default: the best model in checkpoints/")
+    arg("--prompt-style", choices=list(PROMPT_STYLES), help="default: the checkpoint's, or alpaca")
     arg("--mask-prompt", action=argparse.BooleanOptionalAction, default=True,
         help="learn the answer alone, not the prompt too")
-    arg("--train", choices=["all", "lora"], default="all", help="what learns: every weight, or a "
-        "small correction to each matrix")
+    arg("--train", choices=["all", "lora"], default="all", help="every weight, or corrections")
     arg("--lora-rank", type=positive_int, default=16, help="width of a correction")
-    arg("--lora-alpha", type=positive_float, default=16.0, help="its size: it is multiplied by "
-        "alpha / rank")
+    arg("--lora-alpha", type=positive_float, default=16.0, help="it is multiplied by alpha / rank")
+
+    # Answers to the test records.
     arg("--no-responses", action="store_true", help="do not answer the test records")
     arg("--max-new-tokens", type=positive_int, default=256, help="the longest answer")
-    arg("--judge", metavar="MODEL", help="train nothing, but have the answers to the test records "
-        "scored by this model of an Ollama server, such as llama3")
-    arg("--judge-url", default=OLLAMA, help="where that server is")
+    arg("--judge", metavar="MODEL", help="only let this model of Ollama score the answers")
+    arg("--judge-url", default=OLLAMA, help="where its server is")
+
+    # Questions to the model.
     talking = parser.add_mutually_exclusive_group()
     talking.add_argument("--chat", action="store_true", help="talk to the model at --checkpoint")
     talking.add_argument("--ask", metavar="TEXT", help="one question to it")
     arg("--input", default="", metavar="TEXT", help="what the question of --ask is about")
-    arg("--checkpoint", type=Path, default=Path("checkpoints/instruct.pt"), help="the model for "
-        "--chat and --ask")
-    arg("--temperature", type=non_negative_float, default=0.0, help="for --chat and --ask; 0 "
-        "always takes the likeliest token")
+    arg("--checkpoint", type=Path, default=Path("checkpoints/instruct.pt"), help="who is asked")
+    arg("--temperature", type=non_negative_float, default=0.0, help="0: the likeliest answer")
+
     add_training_arguments(parser, "instruct.pt", epochs=2, batch_size=8, eval_every=40)
     args = parser.parse_args(argv)
     if args.input and args.ask is None:
         parser.error("argument --input: it goes with --ask")
-    args.judge_url = args.judge_url.rstrip("/").removesuffix("/api/chat") + "/api/chat"
     return args
 
 
@@ -605,19 +538,19 @@ def finetune(args):
     dtype = pick_dtype(args.dtype, device)
     keep_freed_memory(largest=1 << 25)  # the sizes of larger ones vary: kept, they would add up
     start = find_start(args.init, ("gpt2-355M.pt", "gpt2-124M.pt", "pretrained.pt"),
-                       "This stage teaches a language model to follow instructions, and then "
-                       "answers, judges and chats.")
-    check_output(args, args.data, start,
-                 endings=("-resume.pt", ".csv", ".png", "-responses.json"))
+                       "This stage teaches a language model to follow instructions.")
+    check_output(args, args.data, start, endings=("-resume.pt", ".csv", ".png", "-responses.json"))
     path = args.data or download(RECORDS_URLS, Path("data/instruction-data.json"), RECORDS_SHA256)
 
-    # The records and the model; what of it learns.
+    # The model and the records.
     model, tokenizer, saved = load_checkpoint(start, device)
     args.end = tokenizer.eot_token
-    args.prompt_style = args.prompt_style or saved.get("prompt_style", "alpaca")
-    train_set, val_set, test_set = make_datasets(path, tokenizer, args.prompt_style,
-                                                 model.cfg["context_length"])
+    args.prompt_style = style = args.prompt_style or saved.get("prompt_style", "alpaca")
+    sets = make_datasets(path, tokenizer, style, model.cfg["context_length"])
+    train_set, val_set, test_set = sets
     settings = {"data": fingerprint(train_set.encoded_texts), "init": fingerprint_model(model)}
+
+    # What of the model learns, and the run.
     torch.manual_seed(args.seed)
     if args.train == "lora":
         model.requires_grad_(False)
@@ -625,14 +558,11 @@ def finetune(args):
     learning = [p for p in model.parameters() if p.requires_grad]
     say(f"model    {start}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{sum(p.numel() for p in learning):,} of them learn")
-
-    # The run.
     args.lr = args.lr or scale_lr(5e-5, model)
     optimizer = torch.optim.AdamW(learning, lr=args.lr, weight_decay=0.1, fused=True)
-    run = TrainingRun(args, model, tokenizer, [optimizer],
-                      per_epoch=math.ceil(len(train_set) / (args.batch_size * args.grad_accum)),
-                      settings=settings, prompt_style=args.prompt_style,
-                      prompt_texts=PROMPT_STYLES[args.prompt_style])
+    per_epoch = math.ceil(len(train_set) / (args.batch_size * args.grad_accum))
+    run = TrainingRun(args, model, tokenizer, [optimizer], per_epoch, settings,
+                      prompt_style=style, prompt_texts=PROMPT_STYLES[style])
 
     def evaluate():
         losses = record_losses(model, val_set, args, device, dtype, args.mask_prompt).sum(dim=0)
@@ -642,7 +572,6 @@ def finetune(args):
     if len(test_set) and not args.no_responses:
         answer_and_score(test_set, args, device, dtype)
     run.finish()
-    say(f"\nNext: python finetune_instruct.py --chat --checkpoint {args.out}")
 
 
 def main(argv=None):
@@ -654,6 +583,7 @@ def main(argv=None):
         judge(args)
     else:
         finetune(args)
+        say(f"\nNext: python finetune_instruct.py --chat --checkpoint {args.out}")
 
 
 if __name__ == "__main__":

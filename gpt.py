@@ -4,12 +4,10 @@
     python gpt.py --prompt "The import statement"            text from checkpoints/pretrained.pt
     python gpt.py --prompt "The import statement" --explain  what the model sees and expects
 
-This is the one file the stages share: `from gpt import GPTModel, GPT_CONFIG_124M`. It follows the
-book *Build a Large Language Model (From Scratch)* by Sebastian Raschka ("the book" below), chapters
-3 to 5 and appendix E, in the book's names. The first half is the lesson; a line says where it ends.
-
-Shapes: B batch (rows), T tokens in a row, C embedding width, H heads, D = C / H head width,
-V vocabulary size.
+The one file that the stages share: `from gpt import GPTModel, GPT_CONFIG_124M`. It follows the book
+*Build a Large Language Model (From Scratch)* by Sebastian Raschka, chapters 3 to 5 and appendix E.
+The first half is the lesson; a line says where it ends. Shapes: B batch (rows), T tokens in a row,
+C embedding width, H heads, D = C / H head width, V vocabulary size.
 """
 
 import argparse
@@ -21,10 +19,10 @@ import csv
 import ctypes
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -48,9 +46,9 @@ GPT_CONFIG_124M = {
     "drop_rate": 0.1,        # share of activations that dropout zeroes in training
     "qkv_bias": False,       # bias in the query, key and value layers; OpenAI's weights have one
 }
-# One optional key, "tie_embeddings": True, lets the model's first and last matrix be one, as in
-# GPT-2. The two have 38.6 million numbers each: shared, the model has 124 million parameters, as
-# its name says; apart, as in the book and in this dictionary, it has 163 million.
+# With one more key, "tie_embeddings": True, the model's first and last matrix are one, as in GPT-2.
+# They have 38.6 million numbers each: so the model has 124 million parameters, as its name says;
+# with two matrices, as in the book and in this dictionary, it has 163 million.
 
 GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radford et al. 2019)
     "124M": {"emb_dim": 768, "n_layers": 12, "n_heads": 12},
@@ -61,9 +59,9 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 
 # A transformer (Vaswani et al. 2017) first had two halves for translation: an encoder, in which
 # every word sees the whole sentence, and a decoder, which writes the translation word by word and
-# sees only what is written already. BERT is an encoder alone: it fills in missing words, and suits
-# tasks where the whole text is there. A GPT is a decoder alone: it continues a text, and every task
-# that can be written as a text to continue is one for it.
+# sees only what is written already. BERT is an encoder alone: it fills in missing words. A GPT is a
+# decoder alone: it continues a text, and every task that can be written as a text to continue is
+# one for it.
 
 # ---------------------------------------------------------------------------------------------
 # Embeddings. A model computes with vectors, so each token ID is turned into one: row number ID of
@@ -73,7 +71,7 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 #              [0.9, 0.1],                                    [0.3, 1.2],
 #              [0.4, 0.7]]                                    [0.4, 0.7]]
 #
-# The numbers begin at random and are learned like all others, and tokens that are used alike end up
+# The numbers begin at random and are learned like all others; tokens that are used alike end up
 # with similar rows. A second table has a row per position, which is added: without it, "dog bites
 # man" and "man bites dog" would be the same to what follows. Book sections 2.7 and 2.8.
 
@@ -84,8 +82,8 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 def attention_without_weights(x):
     """The idea. x (T, C) -> (T, C): each token becomes a mean of all, its likes weighing most.
 
-    Nothing is learned yet, so what a token attends to is always what resembles it. A verb could not
-    look for its subject. Book section 3.3.
+    Nothing is learned yet, so a token always attends to what resembles it. A verb could not look
+    for its subject. Book section 3.3.
     """
     attn_scores = x @ x.T                                        # (T, T): how alike two tokens are
     attn_weights = torch.softmax(attn_scores, dim=-1)            # positive, each row sums to 1
@@ -128,12 +126,11 @@ class SelfAttention_v2(nn.Module):
 
     def forward(self, x):
         queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)
-        attn_scores = queries @ keys.T
-        attn_weights = torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)
+        attn_weights = torch.softmax(queries @ keys.T / keys.shape[-1] ** 0.5, dim=-1)
         return attn_weights @ values
 
 
-class CausalAttention(nn.Module):
+class CausalAttention(SelfAttention_v2):
     """A head that cannot look ahead, for batches. x (B, T, d_in) -> (B, T, d_out). Section 3.5.
 
     A model that is to predict the next token must not see it. Setting the weights of future tokens
@@ -145,14 +142,11 @@ class CausalAttention(nn.Module):
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, qkv_bias=False):
-        super().__init__()
-        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
+        super().__init__(d_in, d_out, qkv_bias)
         self.dropout = nn.Dropout(dropout)
 
         # True above the diagonal: the keys that lie in the future of a query.
-        mask = torch.triu(torch.ones(context_length, context_length), diagonal=1).bool()
+        mask = torch.ones(context_length, context_length, dtype=torch.bool).triu(diagonal=1)
         self.register_buffer("mask", mask)
 
     def forward(self, x):
@@ -172,9 +166,8 @@ class MultiHeadAttentionWrapper(nn.Module):
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
         super().__init__()
-        self.heads = nn.ModuleList(
-            [CausalAttention(d_in, d_out, context_length, dropout, qkv_bias)
-             for _ in range(num_heads)])
+        self.heads = nn.ModuleList(CausalAttention(d_in, d_out, context_length, dropout, qkv_bias)
+                                   for _ in range(num_heads))
 
     def forward(self, x):
         return torch.cat([head(x) for head in self.heads], dim=-1)
@@ -183,11 +176,10 @@ class MultiHeadAttentionWrapper(nn.Module):
 class MultiHeadAttention(nn.Module):
     """All heads at once. (B, T, d_in) -> (B, T, d_out). Section 3.6.
 
-    `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention`, without ever storing
-    the (T, T) weights where it can (Dao et al. 2022, FlashAttention); `context_length` is here for
-    the book's signature only, as no mask is kept. `Linear` is torch's, with a faster form for
-    generation that stands behind the lesson. `cache` is the KVCache of the part on generation.
-    Raises ValueError when d_out cannot be shared out evenly among the heads.
+    `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention`, without storing weights
+    (Dao et al. 2022, FlashAttention) or a mask: `context_length` is for the book's signature only.
+    `Linear` is torch's, made faster for generation behind the lesson; `cache` is a KVCache. Raises
+    ValueError when d_out cannot be shared out evenly among the heads.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -235,14 +227,13 @@ class LayerNorm(nn.Module):
 
     def __init__(self, emb_dim):
         super().__init__()
-        self.eps = 1e-5
         self.scale = nn.Parameter(torch.ones(emb_dim))
         self.shift = nn.Parameter(torch.zeros(emb_dim))
 
     def forward(self, x):
-        # In one call:  (x - mean) / sqrt(variance + eps) * scale + shift,
+        # In one call:  (x - mean) / sqrt(variance + 1e-5) * scale + shift,
         # where mean = x.mean(-1) and variance = x.var(-1, unbiased=False).
-        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
 
 
 class GELU(nn.Module):
@@ -261,11 +252,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.layers = nn.Sequential(
-            Linear(cfg["emb_dim"], 4 * cfg["emb_dim"]),
-            GELU(),
-            Linear(4 * cfg["emb_dim"], cfg["emb_dim"]),
-        )
+        C = cfg["emb_dim"]
+        self.layers = nn.Sequential(Linear(C, 4 * C), GELU(), Linear(4 * C, C))
 
     def forward(self, x):
         return self.layers(x)
@@ -280,12 +268,12 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.att = MultiHeadAttention(
-            d_in=cfg["emb_dim"], d_out=cfg["emb_dim"], context_length=cfg["context_length"],
-            dropout=cfg["drop_rate"], num_heads=cfg["n_heads"], qkv_bias=cfg["qkv_bias"])
+        C = cfg["emb_dim"]
+        self.att = MultiHeadAttention(C, C, cfg["context_length"], cfg["drop_rate"],
+                                      cfg["n_heads"], cfg["qkv_bias"])
         self.ff = FeedForward(cfg)
-        self.norm1 = LayerNorm(cfg["emb_dim"])
-        self.norm2 = LayerNorm(cfg["emb_dim"])
+        self.norm1 = LayerNorm(C)
+        self.norm2 = LayerNorm(C)
         self.drop_resid = nn.Dropout(cfg["drop_rate"])
 
     def forward(self, x, cache=None, layer=0):
@@ -297,9 +285,7 @@ class GPTModel(nn.Module):
     """Token IDs (B, T) -> logits (B, T, V): at each position, a score for every next token.
 
     A softmax turns logits, which may be any numbers, into probabilities. Section 4.6. Raises
-    ValueError for more tokens than `cfg["context_length"]`.
-
-    Example:
+    ValueError for more than `context_length` tokens. Example:
         torch.manual_seed(123)
         model = GPTModel(GPT_CONFIG_124M)             # the book's model, number for number
         logits = model(torch.tensor([[15496, 11, 314, 716]]))          # (1, 4, 50257)
@@ -323,10 +309,9 @@ class GPTModel(nn.Module):
 
     def hidden_states(self, in_idx, cache=None):
         """(B, T) token IDs -> (B, T, C), what out_head reads. `cache` holds the tokens before."""
-        T = in_idx.shape[1]
-        if T + (cache.longest if cache else 0) > self.cfg["context_length"]:
-            raise ValueError(f"{T} tokens do not fit the model's context of "
-                             f"{self.cfg['context_length']}; shorten the text")
+        T, longest = in_idx.shape[1], self.cfg["context_length"]
+        if T + (cache.longest if cache else 0) > longest:
+            raise ValueError(f"{T} tokens do not fit the model's context of {longest}")
         positions = cache.begin(T) if cache else torch.arange(T, device=in_idx.device)
 
         # What the token is, plus where it stands.
@@ -348,30 +333,27 @@ class GPTModel(nn.Module):
 
 def walk():
     """Print GPT-2's parameters, part by part, and the shape of the data after each step."""
-    cfg = {**GPT_CONFIG_124M, "tie_embeddings": True, "qkv_bias": True}
     with shapes_only():  # a model without numbers in it is enough, and takes no memory
-        model = GPTModel(cfg)
-    block, L = model.trf_blocks[0], cfg["n_layers"]
-    att = block.att
+        model = GPTModel({**GPT_CONFIG_124M, "tie_embeddings": True, "qkv_bias": True})
+    blocks, L = model.trf_blocks, len(model.trf_blocks)
+    block, att = blocks[0], blocks[0].att
+    print("A GPT reads tokens (pieces of words) and scores every token that could come next.\n\n"
+          "The parameters of GPT-2, the smallest of its four sizes, by part")
+    total = sum(p.numel() for p in model.parameters())
 
-    print("A GPT reads tokens (pieces of words) and scores every token that could come next.")
-
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
-
-    total = count(model)
-    print("\nThe parameters of GPT-2, the smallest of its four sizes, by part")
-    for name, number in [
-            ("tok_emb: one vector per token", count(model.tok_emb)),
-            ("pos_emb: one vector per position", count(model.pos_emb)),
-            (f"attention, {L} times {count(att):,}", L * count(att)),
-            (f"feed-forward, {L} times {count(block.ff):,}", L * count(block.ff)),
-            ("layer norms", L * 2 * count(block.norm1) + count(model.final_norm)),
-            ("out_head: the same matrix as tok_emb", 0),
-            ("together", total)]:
+    # A name and the modules that it stands for.
+    for name, modules in [
+            ("tok_emb: one vector per token", [model.tok_emb]),
+            ("pos_emb: one vector per position", [model.pos_emb]),
+            (f"attention, in {L} blocks", [block.att for block in blocks]),
+            (f"feed-forward, in {L} blocks", [block.ff for block in blocks]),
+            ("layer norms", [m for m in model.modules() if isinstance(m, LayerNorm)]),
+            ("out_head: the same matrix as tok_emb", []),
+            ("together", [model])]:
+        number = sum(p.numel() for module in modules for p in module.parameters())
         print(f"  {name:40s} {number:>12,} {100 * number / total:5.1f} %")
-    print(f"  memory: {total * 4 / 1e6:.0f} MB to use it in float32, {total * 16 / 1e6:.0f} MB to")
-    print("  train it (weights, gradients and AdamW's two averages)")
+    print(f"  memory: {total * 4 / 1e6:.0f} MB to use it in float32, {total * 16 / 1e6:.0f} MB to\n"
+          "  train it (weights, gradients and AdamW's two averages)")
 
     def show(what, t, note):
         print(f"  {what:28s} {str(tuple(t.shape)):16s} {note}")
@@ -406,8 +388,7 @@ def walk():
 
 def text_to_token_ids(text, tokenizer):
     """Text -> (1, T) token IDs; `<|endoftext|>` in the text is the special token. Section 5.1."""
-    return torch.tensor(tokenizer.encode(text, allowed_special={"<|endoftext|>"},
-                                         disallowed_special=())).unsqueeze(0)
+    return torch.tensor([tokenizer.encode(text, allowed_special="all")])
 
 
 def token_ids_to_text(token_ids, tokenizer):
@@ -436,9 +417,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     A temperature below 1 makes the likely likelier, above 1 the unlikely. `top_k` keeps the k
     likeliest tokens; `top_p` keeps the likeliest that together reach p (Holtzman et al. 2020).
     """
-    # Less the largest, which no softmax sees: a tiny temperature must not make infinities.
-    logits = logits.float() - logits.max(dim=-1, keepdim=True).values.float()
-    logits = logits / max(temperature, 1e-30)
+    logits = logits.float() / max(temperature, 1e-6)  # a tiny one must not make infinities
     if top_k is not None:
         kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -torch.inf)
@@ -465,9 +444,8 @@ class KVCache:
     """The keys and values of the tokens read so far, so that each is computed only once.
 
     A token's key and value never change, as it sees only what is before it; so a new token needs
-    its own query, key and value, and those kept here. For every layer one (B, H, max_length, D)
-    tensor of keys and one of values, allocated once. `lengths` (B,) says how many tokens each row
-    has; prompts that are padded at the right may be of different lengths.
+    its own query, key and value, and those kept here: (B, H, max_length, D) for each layer.
+    `lengths` (B,) are the rows' tokens; prompts of different lengths are padded at the right.
     """
 
     def __init__(self, model, batch_size, max_length):
@@ -481,8 +459,7 @@ class KVCache:
 
     def begin(self, T):
         """T tokens per row are about to be read -> their positions (B, T)."""
-        steps = torch.arange(T, device=self.lengths.device)
-        self.positions = self.lengths[:, None] + steps
+        self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         self.lengths = self.lengths + T
         self.longest += T
 
@@ -504,14 +481,14 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
     """Yield the next tokens (B,) of each row as they come; arguments as in `generate`."""
     if idx.numel() == 0:
         raise ValueError("the prompt is empty; give at least one token, such as <|endoftext|>")
-    if (temperature < 0 or (top_k is not None and top_k < 1)
-            or (top_p is not None and not 0 < top_p <= 1)):
+    k_fits = top_k is None or top_k >= 1
+    p_fits = top_p is None or 0 < top_p <= 1
+    if temperature < 0 or not k_fits or not p_fits:
         raise ValueError("temperature must be 0 or more, top_k 1 or more, top_p within (0, 1]")
-    B, T = idx.shape
-    device = idx.device
-    context_size = min(context_size, model.cfg["context_length"])
-    rng = None if seed is None else torch.Generator(device=device).manual_seed(seed)
 
+    (B, T), device = idx.shape, idx.device
+    context_size = min(context_size, model.cfg["context_length"])
+    rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
     text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
     rows = torch.arange(B, device=device)
@@ -544,7 +521,7 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
             text[rows, lengths] = idx_next
             lengths = lengths + 1
             yield idx_next
-            if eos_id is not None and finished.all():
+            if finished.all():
                 break
     finally:
         model.train(was_training)
@@ -554,11 +531,10 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
              top_p=None, lengths=None, seed=None):
     """Continue each row of token IDs: (B, T) -> (B, T + n), n <= max_new_tokens. Section 5.3.
 
-    At temperature 0 the tokens are those of `generate_text_simple`; `next_token_probs` explains the
-    other choices, `seed` makes them repeatable. A row that produced `eos_id` is filled with it,
-    and generation ends when all rows have. Prompts of different lengths are padded at the right
-    (with any token) and their `lengths` (B,) given; the new tokens are `result[:, T:]`.
-    Raises ValueError for an empty prompt or an option out of its range.
+    Temperature 0 gives the tokens of `generate_text_simple`; `next_token_probs` explains the other
+    choices, `seed` makes them repeatable. A row that produced `eos_id` is filled with it; when all
+    have, generation ends. Prompts of different lengths are padded at the right, their `lengths`
+    (B,) given. Raises ValueError for an empty prompt or an option out of its range.
     """
     new = list(generate_stream(model, idx, max_new_tokens, context_size, temperature, top_k,
                                eos_id, top_p, lengths, seed))
@@ -573,8 +549,8 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
 class LoRALayer(nn.Module):
     """x (..., in_dim) -> x A B * alpha / rank (..., out_dim).
 
-    The matrix B starts at zero, and so does the correction. Dividing by the rank keeps the size of
-    the correction, and the best learning rate, about the same when the rank is changed.
+    The matrix B starts at zero, and so does the correction. Dividing by the rank keeps its size,
+    and the best learning rate, about the same when the rank is changed.
     """
 
     def __init__(self, in_dim, out_dim, rank, alpha):
@@ -641,9 +617,9 @@ class UserError(Exception):
 class Linear(nn.Linear):
     """nn.Linear, made faster on a CPU when x is a single row, as in generation.
 
-    torch uses one core for one float32 row; here the matrix is cut into a block per thread, so that
-    all cores read it. For bfloat16, torch asks oneDNN first, which is made for many rows. On two
-    cores a 124M model generates 2.2 to 2.4 times as fast.
+    torch uses one core for one float32 row: here each thread gets a block of the matrix. For
+    bfloat16, torch asks oneDNN first, which is made for many rows. On two cores a 124M model
+    generates 2.2 to 2.4 times as fast.
     """
 
     def forward(self, x):
@@ -670,14 +646,14 @@ class Linear(nn.Linear):
 
 
 def keep_freed_memory(largest):
-    """Tell the C library to keep freed memory for reuse; blocks above `largest` bytes go back.
+    """Let the C library keep freed memory for the next step, in blocks of up to `largest` bytes.
 
-    Otherwise every training step returns its memory to the system and asks for it again, page by
-    page: kept, training at 124M is 1.5 times as fast. Only glibc (Linux) can do it.
+    Asking the system for it again takes time: training at 124M is 1.5 times as fast. Only glibc
+    (Linux) can do it.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, largest)   # M_MMAP_THRESHOLD: blocks up to this size are kept ...
+        mallopt(-3, largest)   # M_MMAP_THRESHOLD: blocks up to this many bytes are kept ...
         mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD: ... up to a gigabyte of them
 
 
@@ -687,16 +663,13 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise UserError(f"the device {name!r} is not available here; use --device auto") from None
+    return torch.device(name)
 
 
 def pick_dtype(name="auto", device="cpu"):
-    """The type that matrix products are computed in: torch.float32 or torch.bfloat16.
-
-    `auto` takes bfloat16 where the processor has instructions for it; elsewhere it is emulated.
-    """
+    """The type of matrix products; `auto`: bfloat16 where the processor has instructions for it."""
     if name != "auto":
         return getattr(torch, name)
     if torch.device(device).type == "cuda":  # Ampere and later
@@ -712,18 +685,16 @@ def autocast(device, dtype):
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
-class _NoInit(torch.overrides.TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.init.normal_:  # of embeddings; without memory, it imports for a second
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 @contextlib.contextmanager
 def shapes_only():
     """Modules made in this context have shapes but no numbers: they take no memory, no time."""
-    with torch.device("meta"), _NoInit():
-        yield
+    normal_ = nn.init.normal_
+    nn.init.normal_ = lambda tensor, **_: tensor  # for embeddings; it would import for a second
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        nn.init.normal_ = normal_
 
 
 # ---------------------------------------------------------------------------------------------
@@ -740,78 +711,60 @@ VOCAB_BPE_URLS = ["https://openaipublic.blob.core.windows.net/gpt-2/models/124M/
 
 # GPT-2's files show each byte as one visible letter: itself, or one from U+0100 on. The ranks of
 # the single bytes follow the same order.
-_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [*range(33), *range(127, 161), 173]
-BYTE_OF_LETTER = {**{chr(byte): byte for byte in _VISIBLE},
-                  **{chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}}
+BYTE_OF_LETTER = {chr(byte): byte for byte in range(256) if byte not in _HIDDEN}
+BYTE_OF_LETTER.update((chr(256 + i), byte) for i, byte in enumerate(_HIDDEN))
 
 
 def read_gpt2_ranks(path=None):
-    """GPT-2's 50,256 tokens from `vocab.bpe` (downloaded if not there) -> {bytes: rank}.
+    """GPT-2's 50,256 tokens from `vocab.bpe` (downloaded if not there) -> {bytes: rank}. UserError.
 
     After a line with the version, each line holds a merge: two tokens that become the next one.
-    Raises UserError when the file is another.
     """
     path = Path(path or download(VOCAB_BPE_URLS, VOCAB_BPE, VOCAB_BPE_SHA256))
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_OF_LETTER.values())}
-    try:
-        for line in path.read_text(encoding="utf-8").strip().split("\n")[1:]:
-            ranks[bytes(BYTE_OF_LETTER[letter] for letter in line.replace(" ", ""))] = len(ranks)
-    except (ValueError, KeyError):
-        ranks = {}
-    if len(ranks) != 50256:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != VOCAB_BPE_SHA256:
         raise UserError(f"{path} is not GPT-2's vocab.bpe; delete it, and it is fetched anew")
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_OF_LETTER.values())}
+    for line in content.decode("utf-8").strip().split("\n")[1:]:
+        ranks[bytes(BYTE_OF_LETTER[letter] for letter in line.replace(" ", ""))] = len(ranks)
     return ranks
 
 
 def read_rank_file(path):
-    """A file of tiktoken's format, a line `base64-token rank` per token -> {bytes: rank}.
-
-    Raises UserError.
-    """
+    """A file of lines `base64-token rank`, tiktoken's format -> {bytes: rank}. Raises UserError."""
     try:
-        lines = Path(path).read_text(encoding="ascii").split("\n")
-        pairs = [line.split() for line in lines if line.strip()]
+        pairs = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
         return check_ranks([base64.b64decode(token, validate=True) for token, _ in pairs],
                            [int(rank) for _, rank in pairs])
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; make it with: python tokenizer.py train TEXT "
-                        f"--out {path}") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not a rank file ({e}); make one with: python tokenizer.py "
-                        "train TEXT") from None
+    except (FileNotFoundError, ValueError) as e:
+        raise UserError(f"{path} is not a rank file ({e}); use gpt2, bytes, or a file made by: "
+                        "python tokenizer.py train TEXT") from None
 
 
 def check_ranks(tokens, ranks):
     """-> {bytes: rank}. Raises ValueError unless ranks count up from 0 and every byte has one."""
-    if list(ranks) != list(range(len(tokens))) or len(set(tokens)) < len(tokens):
+    table = dict(zip(tokens, ranks))
+    if list(table.values()) != list(range(len(tokens))):
         raise ValueError("its ranks do not count up from 0, or a token is there twice")
-    missing = {bytes([byte]) for byte in range(256)} - set(tokens)
-    if missing:
-        raise ValueError(f"the single byte {min(missing)[0]} has no rank")
-    return dict(zip(tokens, ranks))
+    if not all(bytes([byte]) in table for byte in range(256)):
+        raise ValueError("a single byte has no rank")
+    return table
 
 
 def make_tokenizer(name, ranks, pat_str=GPT2_SPLIT_PATTERN):
-    """{bytes: rank} -> tiktoken.Encoding, with `<|endoftext|>` after the last rank."""
+    """{bytes: rank} -> tiktoken.Encoding, with `<|endoftext|>` (its `eot_token`) after the last."""
     return tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
 
 
 def load_tokenizer(spec):
-    """`gpt2`, `bytes`, or the path of a rank file -> tiktoken.Encoding. Raises UserError.
-
-    Every tokenizer has `<|endoftext|>`, as `tokenizer.eot_token`.
-    """
+    """`gpt2`, `bytes`, or the path of a rank file -> tiktoken.Encoding. Raises UserError."""
     if spec == "gpt2":
         return make_tokenizer(spec, read_gpt2_ranks())
     if spec == "bytes":
         return make_tokenizer(spec, {bytes([i]): i for i in range(256)})
-    if not Path(spec).exists() and not str(spec).endswith(".tiktoken"):
-        raise UserError(f"unknown tokenizer {str(spec)!r}; use gpt2, bytes, or the path of a file "
-                        "made by: python tokenizer.py train")
-    ranks = read_rank_file(spec)
-    return make_tokenizer(f"bpe-{len(ranks) + 1}", ranks)
+    return make_tokenizer("bpe", read_rank_file(spec))
 
 
 def tokenizer_to_spec(tokenizer):
@@ -824,14 +777,11 @@ def tokenizer_to_spec(tokenizer):
 
 
 def tokenizer_from_spec(spec):
-    """The way back. A file may come from anywhere, so a path in it is not followed: ValueError."""
+    """The way back. A file may come from anywhere, so a path in it is not followed."""
     if spec in ("gpt2", "bytes"):
         return load_tokenizer(spec)
-    if not isinstance(spec, dict):
-        raise ValueError("its tokenizer is neither a name nor a table")
     tokens = [base64.b64decode(token) for token in spec["tokens"]]
-    return make_tokenizer(f"bpe-{len(tokens) + 1}", check_ranks(tokens, range(len(tokens))),
-                          spec["pat_str"])
+    return make_tokenizer("bpe", check_ranks(tokens, range(len(tokens))), spec["pat_str"])
 
 
 def decode_stream(tokens, tokenizer):
@@ -848,63 +798,50 @@ def decode_stream(tokens, tokenizer):
 
 @contextlib.contextmanager
 def write_atomically(path):
-    """Yield a temporary path beside `path`; it becomes `path` only if the block succeeds."""
+    """Yield a temporary path, which becomes `path` only if the block succeeds. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs do not meet in it
     try:
         yield part
         os.replace(part, path)
+    except RuntimeError as e:  # what torch makes of a failed write
+        raise OSError(f"{path} could not be written; is the disk full? ({e})") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def save_dictionary(path, contents):
-    """torch.save to `path`, all or nothing. Raises OSError."""
-    with write_atomically(path) as part:
-        try:
-            torch.save(contents, part)
-        except RuntimeError:  # what torch makes of a failed write
-            raise OSError(f"{path} could not be written, and what was there is kept; "
-                          "is the disk full?") from None
+        part.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, model, tokenizer, **extras):
-    """Write model, configuration and tokenizer to `path`, all or nothing.
+    """Write model (LoRA merged), configuration and tokenizer to `path`, all or nothing. OSError.
 
-    `extras` (class names, prompt style ...) ride along: dictionaries, lists, strings, numbers and
-    tensors only. `class_names` marks a classifier. Raises OSError.
+    `extras` ride along: plain data and tensors only. `class_names` marks a classifier.
     """
     kind = "classifier" if "class_names" in extras else "language model"
-    save_dictionary(path, {**extras, "kind": kind, "config": model.cfg,
-                           "model": model.state_dict(), "tokenizer": tokenizer_to_spec(tokenizer)})
+    if any(isinstance(module, LinearWithLoRA) for module in model.modules()):
+        model = merge_lora(copy.deepcopy(model))
+    with write_atomically(path) as part:
+        torch.save({**extras, "kind": kind, "config": model.cfg, "model": model.state_dict(),
+                    "tokenizer": tokenizer_to_spec(tokenizer)}, part)
 
 
 def replace_head(model, num_classes):
-    """Put a classification head (C -> num_classes) in out_head's place. Book section 6.5.
-
-    A tied token embedding keeps its matrix: the new head is a layer of its own.
-    """
-    model.cfg = {**model.cfg, "tie_embeddings": False}
+    """Put a classification head (C -> num_classes) in out_head's place. Book section 6.5."""
+    model.cfg = {**model.cfg, "tie_embeddings": False}  # a tied embedding keeps its matrix
     model.out_head = nn.Linear(model.cfg["emb_dim"], num_classes).to(model.tok_emb.weight.device)
 
 
 def load_checkpoint(path, device="cpu", kind="language model"):
-    """Read a checkpoint -> (model, tokenizer, everything else in a dictionary).
+    """Read a checkpoint -> (model in evaluation mode, tokenizer, all else in a dictionary).
 
-    The model is in evaluation mode (no dropout). A file from elsewhere is checked whole before
-    anything of it is used. Raises UserError when it is not there, cut short, not a checkpoint of
-    this `kind` ("language model" or "classifier"), or when its parts do not fit each other.
+    A file is checked whole before anything of it is used. Raises UserError when it is not there,
+    cut short, not of this `kind` ("language model" or "classifier"), or does not fit together.
     """
-    path = Path(path)
     maker = {"language model": "pretrain.py", "classifier": "finetune_classifier.py"}[kind]
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}; make one with: python {maker}")
     try:
-        # mmap: the model's numbers stay in the file until they are used, and are never held twice.
-        saved = torch.load(path, map_location="cpu", weights_only=True,
-                           mmap=os.name != "nt")  # Windows cannot replace a file that is mapped
+        # mmap: numbers stay in the file until used. Windows cannot replace a file that is mapped.
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         cfg, weights = saved["config"], saved.pop("model")
         if saved["kind"] != kind:
             raise ValueError(f"it holds a {saved['kind']}, but a {kind} is needed")
@@ -926,13 +863,13 @@ def load_checkpoint(path, device="cpu", kind="language model"):
             if kind == "classifier":
                 replace_head(model, len(saved["class_names"]))
         model.load_state_dict(weights, assign=True)
-        return model.to(device).eval(), tokenizer, saved
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as e:  # whatever a foreign or cut file makes of the lines above
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        reason = " ".join(repr(e).split())[:200]
         raise UserError(f"{path} is not a checkpoint of this project, or was cut short ({reason}); "
                         f"make one with: python {maker}") from None
+    return model.to(device).eval(), tokenizer, saved
 
 
 # ---------------------------------------------------------------------------------------------
@@ -947,76 +884,73 @@ VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b3
 def download(urls, path, sha256=None, timeout=30):
     """Make sure that the file `path` is there; return it as a Path.
 
-    A file that is there is used as it is, without the network. Otherwise each address is tried in
-    turn, into PATH.part, which a later call goes on with; length and SHA-256 (the one given, or the
-    one that Hugging Face's hub announces) are checked before the file gets its name. `timeout` is
-    in seconds without a byte. Raises UserError with each address and its reason.
+    Unless it is, each address is tried in turn, into PATH.part, which a later call goes on with;
+    length and SHA-256 (given, or announced by Hugging Face's hub) are checked before the file gets
+    its name. `timeout`: seconds without a byte. Raises UserError with each address and its reason.
     """
     path, part, reasons = Path(path), Path(f"{path}.part"), []
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
     for url in urls:
+        # An address that still moves is asked again.
         before = -1
-        while part_size(part) != before:  # an address that still moves is asked again
-            before = part_size(part)
+        while part.stat().st_size != before:
+            before = part.stat().st_size
             try:
                 fetch(url, part, sha256, timeout)
-                os.replace(part, path)
-                return path
+                return part.replace(path)
             except requests.RequestException as e:
                 reason = e
-            except ValueError as e:  # what came is not what was announced
-                reason = e
-                part.unlink(missing_ok=True)
-        reasons.append(f"  {url}: {reason}")
-        if sha256 is None:  # without it, nobody could tell that two servers' bytes were mixed
-            part.unlink(missing_ok=True)
+        reasons.append(f"\n  {url}: {reason}")
+
+        # Without a hash, nobody could tell that two servers' bytes were mixed.
+        if sha256 is None:
+            part.write_bytes(b"")
+    if part.stat().st_size == 0:
+        part.unlink()
     raise UserError(f"{path.name} could not be downloaded; put it at {path} by hand, or try again "
-                    "when there is a network:\n" + "\n".join(reasons))
-
-
-def part_size(part):
-    """The bytes of a partial file, 0 without one."""
-    return part.stat().st_size if part.exists() else 0
+                    "when there is a network:" + "".join(reasons))
 
 
 def fetch(url, part, sha256, timeout):
-    """One attempt of `download`. Raises requests' exceptions, or ValueError for wrong content."""
-    have = part_size(part)
-    headers = {"Accept-Encoding": "identity"}  # so that lengths count the file's own bytes
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    """One attempt of `download`. Raises requests.RequestException; wrong content goes."""
+    have = part.stat().st_size
+    headers = {"Accept-Encoding": "identity",  # so that lengths count the file's own bytes
+               "Range": f"bytes={have}-" if have else None}
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-        if response.status_code == 416:  # there is no such rest
-            raise ValueError("the part that was there is not of this file")
+        # The rest of the file, or the whole of it, or neither.
+        goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if response.status_code in (206, 416) and not goes_on:
+            part.write_bytes(b"")
+            raise requests.RequestException("the part that was there is not of this file")
         response.raise_for_status()
-        if response.status_code != 206:
-            have = 0  # the whole file comes, whatever was asked
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise ValueError("the server did not go on where it was asked to")
         if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise ValueError("a web page came instead of the file")
-        for answer in [*response.history, response]:  # the hub announces it before it redirects
+            raise requests.RequestException("a web page came instead of the file")
+
+        # The hub announces the hash before it redirects.
+        for answer in [*response.history, response]:
             found = re.fullmatch('"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-Etag", ""))
             sha256 = sha256 or (found and found[1])
 
         # Small reads: when the connection breaks off, what a read has not returned is lost.
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        progress = Progress(total and total / 1e6, "MB")
+        have = have if goes_on else 0
+        total = have + int(response.headers.get("Content-Length", 0))
+        progress = Progress(total / 1e6, "MB")
         with open(part, "ab" if have else "wb") as file:
             for block in response.iter_content(1 << 14):
                 have += file.write(block)
                 progress.update(have / 1e6, f"downloading {part.stem}")
         progress.close()
 
-    if total and have < total:
-        raise requests.ConnectionError(f"{have} of {total} bytes came")
+    if have < total:
+        raise requests.RequestException(f"{have} of {total} bytes came")
     with open(part, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 not in (None, digest) or not have:
-        raise ValueError(f"wrong content: {have} bytes with the SHA-256 {digest}")
+        part.write_bytes(b"")
+        raise requests.RequestException(f"wrong content: {have} bytes with the SHA-256 {digest}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1042,13 +976,11 @@ class ArgumentParser(argparse.ArgumentParser):
 def argument(kind, what, fits):
     """An argparse type: `kind` (int, float or Path) of the text, if it `fits`."""
     def convert(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return convert
 
 
@@ -1072,8 +1004,7 @@ def add_common_arguments(parser):
 def add_training_arguments(parser, out, **defaults):
     """The options of every training run, with this script's defaults."""
     arg = parser.add_argument
-    arg("--out", type=checkpoint_file, default=Path("checkpoints") / out,
-        help="checkpoint to write; metrics go beside it")
+    arg("--out", type=checkpoint_file, default=Path("checkpoints", out), help="where to save")
     arg("--resume", action="store_true", help="go on with an interrupted run of this command")
     arg("--epochs", type=positive_int, help="passes over the training data")
     arg("--max-steps", type=positive_int, help="stop after this many optimizer steps")
@@ -1094,19 +1025,21 @@ def run_main(main):
         sys.stdout.flush()
     except KeyboardInterrupt:
         status, message = 130, "stopped"
-    except BrokenPipeError:  # the reader of our output, `head` say, has left
+    except BrokenPipeError:
+        # The reader of our output, `head` say, has left.
         status = 1
     except (UserError, OSError) as e:
         status, message = 1, str(e)
-    except (RuntimeError, MemoryError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(e):
+    except (RuntimeError, MemoryError) as e:  # of these, the user can mend a lack of memory only
+        if not any(words in repr(e) for words in ("OutOfMemory", "MemoryError", "allocate memory")):
             raise
         status, message = 1, "out of memory; choose a smaller model or a smaller batch"
+
     if message:
         print(printable(f"{Path(sys.argv[0]).name}: {message}"), file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk behind it, or nobody: Python would try again when it ends
+    except OSError:  # nobody reads it, or the disk is full: Python would try again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -1124,53 +1057,46 @@ def say(text=""):
 
 def shades(fine, plain):
     """`fine` characters, or `plain` ones where standard output cannot show those."""
-    try:
-        fine.encode(sys.stdout.encoding or "ascii")
-        return fine
-    except UnicodeEncodeError:
-        return plain
+    return fine if "utf" in (sys.stdout.encoding or "").lower() else plain
 
 
 class Progress:
-    """How far a long job is: on a terminal one line that rewrites itself, else one now and then.
-
-    `total` in `unit`s, None if unknown. Shows text, units per second, share done, time left.
-    """
+    """How far a long job is: on a terminal one line that rewrites itself, else one now and then."""
 
     def __init__(self, total, unit):
-        self.total, self.unit, self.first, self.shown = total, unit, None, 0
-        self.last = time.monotonic()
+        self.total, self.unit = total, unit  # None: unknown, and not to be shown
+        self.first, self.width = None, 0
 
     def update(self, done, text):
         """Say that `done` units are done (counted from 0, also when resuming)."""
         now, terminal = time.monotonic(), sys.stdout.isatty()
         if self.first is None:  # the time starts here: what came before was preparation
-            self.first, self.start = done, now
+            self.first, self.start, self.last = done, now, now
         if now - self.last < (0.1 if terminal else 10.0):
             return
+
         self.last = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
-        line = f"{text} | {rate:,.1f} {self.unit}/s"
+        line = text + (f" | {rate:,.1f} {self.unit}/s" if self.unit else "")
         if self.total and rate > 0:
             left = int((self.total - done) / rate)
             line += f" | {100 * done / self.total:.0f} % | {left // 60}:{left % 60:02d} left"
         if not terminal:
             return say(line)
-        self.shown = shutil.get_terminal_size().columns - 1
-        print("\r" + printable(line)[:self.shown].ljust(self.shown), end="", flush=True)
+        self.width = os.get_terminal_size().columns - 1
+        print("\r" + printable(line)[:self.width].ljust(self.width), end="", flush=True)
 
     def close(self):
         """Wipe the line, so that what follows stands on a clean one."""
-        if self.shown:
-            print("\r" + " " * self.shown, end="\r", flush=True)
+        if self.width:
+            print("\r" + " " * self.width, end="\r", flush=True)
 
 
 def read_text_pieces(path, size=1 << 22):
     """Yield a UTF-8 file as pieces of about `size` characters, so that its length does not matter.
 
-    A piece ends before a white space that follows something else, where GPT-2's pattern always
-    splits, so tokens come out as from the whole text (a piece without white space is cut where it
-    ends). Raises UserError for what is empty or not text, OSError.
+    A piece ends before a white space, where GPT-2's pattern always splits, so tokens come out as
+    from the whole text (a piece without one is cut at its end). Raises UserError, OSError.
     """
     rest = ""
     try:
@@ -1181,12 +1107,10 @@ def read_text_pieces(path, size=1 << 22):
                     raise UserError(f"{path} is not a text file; give plain UTF-8 text")
                 found = re.match(r".*\S(?=[ \t\r\n])", rest, re.DOTALL)
                 cut = found.end() if found else len(rest) - 1
-                if cut:
-                    yield rest[:cut]
-                    rest = rest[cut:]
-    except UnicodeDecodeError:
-        with open(path, "rb") as file:
-            guess = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+                yield rest[:cut]
+                rest = rest[cut:]
+    except UnicodeDecodeError as e:
+        guess = "utf-16" if e.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise UserError(f"{path} is not UTF-8 text; convert it with: iconv -f {guess} -t utf-8 "
                         f"{path}") from None
     if not rest:  # what was read always leaves a character
@@ -1202,13 +1126,12 @@ def find_start(init, names, stage):
     found = [path for path in map(Path("checkpoints").joinpath, names) if path.is_file()]
     if not init and not found:
         raise UserError(f"{stage} There is no language model to start from; make one first with: "
-                        "python pretrain.py (two minutes, nothing to download) or with: python "
-                        "load_gpt2.py (GPT-2, a download)")
+                        "python pretrain.py (two minutes), or python load_gpt2.py (a download)")
     return init or found[0]
 
 
 def scale_lr(lr, model):
-    """A learning rate for GPT-2's width, 768 -> one for this model; narrow ones want more."""
+    """A learning rate for GPT-2's width, 768 -> for this model's; narrow ones want more."""
     return lr * max(1.0, 768 / model.cfg["emb_dim"]) ** 2
 
 
@@ -1220,20 +1143,20 @@ def beside(out, ending):
 def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
     """Find out before the work, not after, that --out can be written and nothing is lost by it.
 
-    Raises OSError, or UserError when --out, or a file that goes beside it, is one of the `inputs`,
-    or when --out is there and not ours. With --resume, a complete run says so and that is all.
+    Raises UserError when --out, or a file beside it, is one of the `inputs`, or --out is not ours;
+    OSError. With --resume, a complete run says so and that is all.
     """
-    out, given = args.out, {Path(path).resolve() for path in inputs if path}
+    out, inputs = args.out, {Path(path).resolve() for path in inputs if path}
     for path in [out, *(beside(out, ending) for ending in endings)]:
-        if path.resolve() in given:
+        if path.resolve() in inputs:
             raise UserError(f"{path} is read by this command and would be overwritten; choose "
                             "another --out")
     if out.exists():
         try:
             torch.load(out, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
         except Exception:  # whatever a foreign file makes torch.load raise
-            raise UserError(f"{out} is there and is no checkpoint of this project; choose another "
-                            "--out, or move it away") from None
+            raise UserError(f"{out} is no checkpoint of this project; choose another --out, or "
+                            "move it away") from None
         if args.resume and not beside(out, "-resume.pt").exists():
             say(f"{out} is complete: there is nothing to go on with")
             sys.exit()
@@ -1267,15 +1190,12 @@ def fingerprint_model(model):
 
 @contextlib.contextmanager
 def ctrl_c_waits():
-    """Yield a list that grows with each Ctrl-C, so that a loop can finish its step first.
-
-    The third one interrupts at once; torchrun passes on the first, which its processes saw already.
-    """
+    """Yield a list that grows with each Ctrl-C, so that a loop can finish its step first."""
     presses = []
 
     def press(*_):
         presses.append(1)
-        if len(presses) > 2:
+        if len(presses) > 2:  # a user who insists; torchrun sends one more than was pressed
             raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGINT, press)
@@ -1289,49 +1209,53 @@ class TrainingRun:
     """What surrounds a training loop: seeds, evaluations, checkpoints, metrics, Ctrl-C, --resume.
 
     --out gets the model that was best on the validation data, OUT-resume.pt the newest state (until
-    the run is complete), OUT.csv and OUT.png the metrics. A run that is interrupted, or killed at
-    any moment, and resumed ends with the very weights of one that never was, as the random numbers
-    of a step follow from seed and step. `settings` identifies what the command line only names,
-    such as data. The loop: `for step in run.steps(evaluate): ...; run.record(loss, num_tokens)`.
+    the run is complete), OUT.csv and OUT.png the metrics. A run that is stopped or killed, and then
+    resumed, ends with the very weights of one that never was: a step's random numbers follow from
+    seed and step. `settings` identifies what the command line only names, such as data. The loop:
+    `for step in run.steps(evaluate): ...; run.record(loss, num_tokens)`.
     """
 
     def __init__(self, args, model, tokenizer, optimizers, per_epoch, settings, **extras):
         self.args, self.model, self.optimizers, self.per_epoch = args, model, optimizers, per_epoch
-        self.save_best = lambda: save_checkpoint(args.out, plain_model(model), tokenizer, **extras)
+        self.device = model.tok_emb.weight.device
+        self.resume_file = beside(args.out, "-resume.pt")
+        self.save_best = lambda: save_checkpoint(args.out, model, tokenizer, **extras)
+        self.tokens, self.seconds = 0, 1e-9  # of this sitting
         self.total_steps = min((args.epochs or math.inf) * per_epoch, args.max_steps or math.inf)
         self.settings = {name: str(value) for name, value in {**vars(args), **settings}.items()
                          if name not in ("out", "resume", "device")}
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.tokens = self.seconds = 0
 
         # What changes as it runs; `losses` are those since the last evaluation.
         self.state = {"step": 0, "losses": [], "rows": [], "best": [0, -math.inf]}
-        self.resume_file = beside(args.out, "-resume.pt")
         if args.resume and self.resume_file.exists():
             self.load_state()
 
     def steps(self, evaluate):
         """Yield the number of each step that is to be done; evaluate and save in between."""
-        state, progress = self.state, Progress(self.total_steps, "steps")
+        state, progress, args = self.state, Progress(self.total_steps, None), self.args
+        say(f"run      {self.total_steps:,} steps of {args.batch_size} x {args.grad_accum}, "
+            f"learning rate {args.lr:g}, {self.device}, {pick_dtype(args.dtype, self.device)}")
         if state["step"] == 0:
             self.evaluate(evaluate)
         with ctrl_c_waits() as presses:
             while state["step"] < self.total_steps:
-                torch.manual_seed(hash((self.args.seed, state["step"], process_number()[0])))
+                torch.manual_seed(hash((args.seed, state["step"], process_number()[0])))
                 self.model.train()
                 start = time.monotonic()
                 yield state["step"]
+
+                # The loop has done the step.
                 self.seconds += time.monotonic() - start
                 state["step"] += 1
-                progress.update(state["step"], f"step {state['step']} | loss "
-                                f"{state['losses'][-1]:.3f} | {self.speed()}")
+                text = f"step {state['step']} | loss {state['losses'][-1]:.3f} | "
+                progress.update(state["step"], f"{text}{self.tokens / self.seconds:,.0f} tokens/s")
 
                 # Evaluate when it is due; save then, and after Ctrl-C.
-                due = state["step"] % self.args.eval_every == 0
-                [pressed] = sum_over_processes([len(presses)], self.model.tok_emb.weight.device)
-                if due or pressed or state["step"] == self.total_steps:
+                due = state["step"] % args.eval_every == 0 or state["step"] == self.total_steps
+                [pressed] = sum_over_processes([len(presses)], self.device)
+                if due or pressed:
                     progress.close()
-                    if due or state["step"] == self.total_steps:
+                    if due:
                         self.evaluate(evaluate)
                     self.save_state()
                 if pressed:
@@ -1345,8 +1269,8 @@ class TrainingRun:
         return shuffle(self.args.seed, epoch, num_rows)[k * per_step:(k + 1) * per_step]
 
     def record(self, loss, tokens):
-        """The loop says in each step: its share of the mean loss, in nats, and of the tokens."""
-        loss, tokens = sum_over_processes([float(loss), tokens], self.model.tok_emb.weight.device)
+        """The loop says in each step: this process's share of the mean loss, and of the tokens."""
+        loss, tokens = sum_over_processes([float(loss), tokens], self.device)
         self.state["losses"].append(self.finite(loss))
         self.tokens += tokens
 
@@ -1356,10 +1280,6 @@ class TrainingRun:
             raise UserError(f"the loss is {loss} at step {self.state['step'] + 1}; what was saved "
                             f"is kept. Start anew with a lower --lr than {self.args.lr:g}")
         return loss
-
-    def speed(self):
-        """How many tokens per second the steps have read."""
-        return f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
 
     def evaluate(self, evaluate):
         """Add a row to the metrics and print it; save the model if it is the best so far."""
@@ -1387,22 +1307,22 @@ class TrainingRun:
         """Write the metrics, then all that a resumed run needs."""
         if process_number()[0] == 0:
             write_metrics(self.state["rows"], self.args.out)
-            save_dictionary(self.resume_file, {
-                "state": self.state, "settings": self.settings,
-                "weights": {name: p.detach() for name, p in self.trained.items()},
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
+            trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+            with write_atomically(self.resume_file) as part:
+                torch.save({"state": self.state, "settings": self.settings, "weights": trained,
+                            "optimizers": optimizers}, part)
 
     def load_state(self):
         """Go on where OUT-resume.pt stands. Raises UserError when it is of another run."""
         saved = torch.load(self.resume_file, map_location="cpu", weights_only=True)
-        for name, value in self.settings.items():
-            if saved["settings"].get(name) != value:
-                raise UserError(f"{self.resume_file} is of a run with another --"
-                                f"{name.replace('_', '-')}; repeat its command, or start anew "
-                                "without --resume")
+        other = dict(self.settings.items() - saved["settings"].items())
+        if other:
+            raise UserError(f"{self.resume_file} is of a run with another --"
+                            f"{min(other).replace('_', '-')}; repeat its command, or leave out "
+                            "--resume")
         self.state = saved["state"]
-        for name, p in self.trained.items():
-            p.data.copy_(saved["weights"][name])
+        self.model.load_state_dict(saved["weights"], strict=False)
         for optimizer, state in zip(self.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         say(f"resumed  after step {self.state['step']:,}")
@@ -1410,15 +1330,13 @@ class TrainingRun:
     def finish(self):
         """Say how it went, with the validation loss as a line, and drop the state: all is done."""
         losses = [row["val_loss"] for row in self.state["rows"]]
+        low, span = min(losses), max(losses) - min(losses) or 1.0
         marks = shades("▁▂▃▄▅▆▇█", ".:-=+*#@")
-        span = max(losses) - min(losses) or 1.0
-        curve = "".join(marks[int((x - min(losses)) / span * (len(marks) - 1))] for x in losses)
-        say(f"val loss {curve} from {losses[0]:.3f} to {losses[-1]:.3f}, lowest {min(losses):.3f}")
-        say(f"time     {self.seconds:,.0f} s for {self.tokens:,.0f} tokens: {self.speed()}")
-        say(f"saved    {self.args.out} (the best on the validation data), "
-            f"{beside(self.args.out, '.csv').name}")
-        if process_number()[0] == 0:
-            self.resume_file.unlink(missing_ok=True)
+        curve = "".join(marks[round(7 * (loss - low) / span)] for loss in losses)
+        say(f"val loss {curve} from {losses[0]:.3f} to {losses[-1]:.3f}, lowest {low:.3f}")
+        say(f"time     {self.seconds:,.0f} s, {self.tokens / self.seconds:,.0f} tokens/s")
+        say(f"saved    {self.args.out}, the best on the validation data")
+        self.resume_file.unlink(missing_ok=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -1427,20 +1345,12 @@ def shuffle(seed, epoch, num_rows):
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def plain_model(model):
-    """The model as any stage can read it: with LoRA, a copy with the corrections merged."""
-    if any(isinstance(module, LinearWithLoRA) for module in model.modules()):
-        return merge_lora(copy.deepcopy(model))
-    return model
-
-
 def write_metrics(rows, out):
     """Write OUT.csv and, if matplotlib is installed, OUT.png with the losses over the steps."""
-    with write_atomically(beside(out, ".csv")) as part:
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    with open(beside(out, ".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
         axes = Figure().subplots()
@@ -1452,7 +1362,7 @@ def write_metrics(rows, out):
 
 
 # ---------------------------------------------------------------------------------------------
-# python gpt.py --explain: looking inside.
+# The command: looking inside, and writing.
 
 @torch.no_grad()
 def attention_weights(model, idx, layer):
@@ -1460,9 +1370,8 @@ def attention_weights(model, idx, layer):
 
     `MultiHeadAttention` computes the same weights but never shows them.
     """
-    T = idx.shape[1]
+    block, T = model.trf_blocks[layer], idx.shape[1]
     x = model.tok_emb(idx) + model.pos_emb(torch.arange(T, device=idx.device))
-    block = model.trf_blocks[layer]
     x = block.norm1(model.trf_blocks[:layer](x))
     queries = block.att.split_heads(block.att.W_query(x))[0]              # (H, T, D)
     keys = block.att.split_heads(block.att.W_key(x))[0]
@@ -1486,26 +1395,25 @@ def explain(model, tokenizer, idx, layer, head, top_k, top_p):
     probs = [next_token_probs(logits, temperature)[0] for temperature in (0.5, 1.0, 1.5)]
     kept = {"k": next_token_probs(logits, top_k=top_k)[0],
             "p": next_token_probs(logits, top_p=top_p)[0]}
-    say("\nThe likeliest next tokens: a low temperature favours the first of them.")
-    say(f"At temperature 1, top-k {top_k} would keep those marked k, top-p {top_p:g} those marked p.")
-    say(" " * 16 + "temperature 0.5  temperature 1    temperature 1.5")
+    say(f"\nThe likeliest next tokens; k: kept by top-k {top_k}, p: kept by top-p {top_p:g}")
+    say(" " * 16 + "temperature 0.5  temperature 1    temperature 1.5  kept at 1")
     for token in logits[0].topk(min(8, logits.shape[-1])).indices.tolist():
-        bars = [shades("█", "#") * round(8 * float(p[token])) for p in probs]
-        columns = [f"{bar:8s} {float(p[token]):6.1%} " for bar, p in zip(bars, probs)]
+        shares = [p[token].item() for p in probs]
+        columns = "".join(f"{shades('█', '#') * round(8 * p):8s} {p:6.1%}  " for p in shares)
         marks = " ".join(name for name, p in kept.items() if p[token] > 0)
-        say(f"  {show(token):14.14s}" + " ".join(columns) + " " + marks)
+        say(f"  {show(token):14.14s}{columns}{marks}")
 
     # A row per token, its weights as shades: the darkest is the row's largest.
     weights = attention_weights(model, idx, layer)
     weights = weights.mean(dim=0) if head is None else weights[head]
-    which = f"mean of {model.cfg['n_heads']} heads" if head is None else f"head {head}"
+    which = "all heads" if head is None else f"head {head}"
     marks = shades(" ░▒▓█", " .:=#")
     first = max(0, len(tokens) - 30)
     say(f"\nWho looks at whom: layer {layer}, {which}. A row shows what its token looks at")
     say(" " * 18 + "".join(f"{i % 100:2d}" for i in range(first, len(tokens))))
     for i in range(first, len(tokens)):
         row = weights[i, first:i + 1]
-        shaded = "".join(2 * marks[round(4 * float(weight / row.max()))] for weight in row)
+        shaded = "".join(2 * marks[round(4 * share)] for share in (row / row.max()).tolist())
         say(f"  {i:3d} {show(tokens[i]):12.12s}{shaded}")
 
 
@@ -1514,35 +1422,28 @@ def print_stream(stream, tokenizer, presses=()):
 
     A Ctrl-C in `presses` ends it too. Returns the list of tokens.
     """
-    tokens = []
-
-    def until_end():
-        for row in stream:
-            if presses or int(row[0]) == tokenizer.eot_token:
-                return
-            tokens.append(int(row[0]))
-            yield tokens[-1]
-
-    for piece in decode_stream(until_end(), tokenizer):
+    tokens = (int(row[0]) for row in stream)
+    tokens = itertools.takewhile(lambda i: not presses and i != tokenizer.eot_token, tokens)
+    shown, returned = itertools.tee(tokens)
+    for piece in decode_stream(shown, tokenizer):
         print(printable(piece), end="", flush=True)
     print()
-    return tokens
+    return list(returned)
 
 
 def main(argv=None):
     """The walk without --checkpoint or --prompt, else write or explain."""
     parser = ArgumentParser(description="A walk through the model; or text from a checkpoint.")
     arg = parser.add_argument
-    arg("--checkpoint", type=Path, help="the language model that writes; with --prompt alone: "
-        "checkpoints/pretrained.pt")
+    arg("--checkpoint", type=Path, help="the model (with --prompt: checkpoints/pretrained.pt)")
     arg("--prompt", help="text to continue; without it, a new document begins")
     arg("--max-new-tokens", type=positive_int, default=200, help="when to stop")
-    arg("--temperature", type=non_negative_float, default=0.8,
-        help="0 always takes the likeliest token, 1 samples as trained")
+    arg("--temperature", type=non_negative_float, default=0.8, help="0: always the likeliest token")
     arg("--top-k", type=positive_int, help="choose among the k likeliest tokens")
     arg("--top-p", type=probability, help="choose among the likeliest that reach this probability")
-    arg("--explain", action="store_true", help="show tokens, next tokens and attention "
-        "instead of writing")
+
+    # What --explain shows.
+    arg("--explain", action="store_true", help="show tokens, next tokens and attention instead")
     arg("--layer", type=int, default=-1, help="whose attention, from 0; -1 is the last")
     arg("--head", type=int, help="which head, from 0; default: the mean of all")
     add_common_arguments(parser)
@@ -1550,6 +1451,7 @@ def main(argv=None):
     if args.checkpoint is None and args.prompt is None:
         return walk()
 
+    # Load, then explain or write.
     device = pick_device(args.device)
     path = args.checkpoint or Path("checkpoints") / "pretrained.pt"
     model, tokenizer, _ = load_checkpoint(path, device)
@@ -1557,8 +1459,7 @@ def main(argv=None):
     idx = text_to_token_ids(args.prompt or "<|endoftext|>", tokenizer).to(device)
     if args.explain:
         if not -L <= args.layer < L or not 0 <= (args.head or 0) < H:
-            raise UserError(f"{path} has {L} layers and {H} heads, counted from 0; change --layer "
-                            "or --head")
+            raise UserError(f"{path} has {L} layers and {H} heads, counted from 0")
         return explain(model, tokenizer, idx[:, -context:], args.layer % L, args.head,
                        args.top_k or 5, args.top_p or 0.9)
 

@@ -6,28 +6,26 @@
 
 A model computes with numbers, so text becomes a list of token IDs first and comes back from one at
 the end. Follows the book, chapter 2; byte-pair encoding is from Sennrich et al. 2016 (arXiv
-1508.07909), its byte-level form from GPT-2 (Radford et al. 2019). Left out: normalisation of
-Unicode, unigram and WordPiece vocabularies, letters newer than the Unicode tables of tiktoken.
+1508.07909), on bytes from GPT-2 (Radford et al. 2019). Left out: unigram, WordPiece, Unicode forms.
 """
 
 import base64
 import heapq
-import os
 import sys
 import time
-from array import array
 from collections import Counter, defaultdict
-from itertools import cycle, islice, pairwise
+from functools import lru_cache
+from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
 
 import regex
 
-from gpt import (GPT2_SPLIT_PATTERN, VOCAB_BPE, ArgumentParser, Progress, UserError, positive_int,
-                 read_gpt2_ranks, read_rank_file, read_text_pieces, run_main, say,
-                 write_atomically)
+from gpt import (GPT2_SPLIT_PATTERN, VOCAB_BPE, ArgumentParser, Progress, UserError,
+                 load_tokenizer, positive_int, read_gpt2_ranks, read_rank_file, read_text_pieces,
+                 run_main, say, write_atomically)
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"
-BYTES = [bytes([i]) for i in range(256)]
+BYTES = {bytes([i]): i for i in range(256)}  # the first 256 tokens, each with its ID
 
 
 # ---------------------------------------------------------------------------------------------
@@ -66,10 +64,7 @@ class SimpleTokenizerV1:
         return [self.str_to_int[word] for word in split_words(text)]
 
     def decode(self, ids):
-        """IDs -> text, one space between words and none before most punctuation.
-
-        Which white space there was is lost. Raises KeyError for an ID that is not there.
-        """
+        """IDs -> text; white space is lost, and put back by rule. KeyError for an unknown ID."""
         text = " ".join(self.int_to_str[i] for i in ids)
         return regex.sub(r"""\s+([,.:;?!"()'])""", r"\1", text)
 
@@ -99,12 +94,9 @@ def merge_pair(tokens, pair, new):
     """The list of tokens with `new` for each `pair` of neighbours, from left to right."""
     merged, i = [], 0
     while i < len(tokens):
-        if tuple(tokens[i:i + 2]) == pair:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(tokens[i])
-            i += 1
+        found = tuple(tokens[i:i + 2]) == pair
+        merged.append(new if found else tokens[i])
+        i += 2 if found else 1
     return merged
 
 
@@ -145,82 +137,65 @@ def train_simple(text, num_merges):
 # So only the distinct chunks matter, each with its count: that makes training fast.
 
 def count_chunks(text, counts):
-    """Add the chunks of `text` to `counts`, {chunk: how often}; the longest has 1,000 characters.
-
-    A text without any white space is thus cut, too, instead of being one huge chunk.
-    """
+    """Add the chunks of `text` to `counts`, {chunk: how often}, cut to 1,000 characters at most."""
     counts.update(chunk[i:i + 1000] for chunk in regex.findall(GPT2_SPLIT_PATTERN, text)
                   for i in range(0, len(chunk), 1000))
 
 
 # ---------------------------------------------------------------------------------------------
-# The fast trainer. Where `merge_once` looks at everything, this one visits only the places where
-# the best pair stands: 8,192 tokens from 1.4 MB take seconds or less instead of hours.
-
-GAP = -1  # stands between chunks, and where a token has been swallowed by the one before it
-
+# The fast trainer. Where `merge_once` looks at everything, this one visits only the chunks that
+# hold the best pair: 8,192 tokens from 1.4 MB take seconds or less instead of hours. It writes a
+# token as one character, the one whose number is the ID, and a chunk as a string of those, for
+# Python is fast at finding a pair of characters in a string and at putting another in its place.
 
 def learn_merges(chunk_counts):
-    """Yield (left bytes, right bytes, count) for one new token after another, most frequent first.
+    """{chunk as bytes: how often} -> (left, right, count) per new token, most frequent first."""
+    chars = {token: chr(i) for token, i in BYTES.items()}
+    tokens = {char: token for token, char in chars.items()}
+    chunks = [chunk.decode("latin-1") for chunk in chunk_counts]  # a character for each byte
+    weights = list(chunk_counts.values())
 
-    `chunk_counts` is {bytes: how often}. Ends when nothing is left to merge. Time and memory grow
-    with the bytes of the distinct chunks, even if there is but one huge chunk.
-
-    All chunks lie end to end in one row of bytes. A token covers `len(tokens[id])` places: its
-    first place holds its ID in `heads`, its last place in `tails`, so the length of a token leads
-    to its neighbours and no list of links is needed.
-    """
-    tokens = BYTES[:]
-    ids = {token: i for i, token in enumerate(tokens)}
-    heads, weights = array("i"), array("q")
-    for chunk, count in chunk_counts.items():
-        heads.extend(chunk)
-        heads.append(GAP)
-        weights.extend([count] * (len(chunk) + 1))
-    tails = heads[:]
-    counts, places = defaultdict(int), defaultdict(lambda: array("i"))  # of each pair
-    for i, pair in enumerate(pairwise(heads)):
-        if GAP not in pair:
-            counts[pair] += weights[i]
-            places[pair].append(i)
+    # Count each pair, and note which chunks hold it.
+    counts, places = defaultdict(int), defaultdict(list)
+    for n, chunk in enumerate(chunks):
+        for pair in map("".join, pairwise(chunk)):
+            counts[pair] += weights[n]
+            places[pair].append(n)
     queue = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(queue)
 
-    while queue:
+    while queue and queue[0][0]:  # until no pair is left that occurs
+        # The best pair comes first. If other merges took some of it, it has to queue again.
         count, pair = heapq.heappop(queue)
-        if counts[pair] != -count:  # other merges took some of it: it has to queue again
-            if counts[pair]:
-                heapq.heappush(queue, (-counts[pair], pair))
+        if counts[pair] != -count:
+            heapq.heappush(queue, (-counts[pair], pair))
             continue
+
+        # "abc" can arise as a + bc and as ab + c: it is one token.
         left, right = pair
         token = tokens[left] + tokens[right]
-        if token not in ids:  # "abc" can arise as a + bc and as ab + c: it is one token
-            ids[token] = len(tokens)
-            tokens.append(token)
+        if token not in chars:
+            chars[token] = chr(len(chars))
+            tokens[chars[token]] = token
             yield tokens[left], tokens[right], -count
-        new, size, arose = ids[token], len(tokens[left]), set()
-        # From left to right, so that "aaa" becomes (aa)a. subtle: some places are out of date by
-        # now; the pair still stands at i only if both its tokens do.
-        for i in sorted(places.pop(pair)):
-            if heads[i] != left or heads[i + size] != right:
-                continue
-            weight, end = weights[i], i + len(token)
-            before, after = tails[i - 1], heads[end]
-            if before != GAP:
-                counts[before, left] -= weight
-                counts[before, new] += weight
-                places[before, new].append(i - len(tokens[before]))
-                arose.add((before, new))
-            if after != GAP:
-                counts[right, after] -= weight
-                counts[new, after] += weight
-                places[new, after].append(i)
-                arose.add((new, after))
-            heads[i], heads[i + size], tails[end - 1] = new, GAP, new
+
+        # Merge it in its chunks. With N for ab, "xaby" becomes "xNy": xa and by go, xN and Ny come.
+        new, arose = chars[token], set()
+        for n in places.pop(pair):
+            while pair in chunks[n]:
+                before, _, after = chunks[n].partition(pair)
+                chunks[n] = before + new + after
+                x, y = before[-1:], after[:1]
+                for old, fresh in ((x + left, x + new), (right + y, new + y)):
+                    if len(old) == 2:  # at an end of the chunk there is no neighbour
+                        counts[old] -= weights[n]
+                        counts[fresh] += weights[n]
+                        places[fresh].append(n)
+                        arose.add(fresh)
+
         del counts[pair]
-        for pair in arose:
-            if counts[pair]:  # "aaaa" first gives (aa)a, which is gone again in (aa)(aa)
-                heapq.heappush(queue, (-counts[pair], pair))
+        for fresh in arose:
+            heapq.heappush(queue, (-counts[fresh], fresh))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,9 +205,8 @@ def learn_merges(chunk_counts):
 class BPETokenizer:
     """Byte-level byte-pair encoding: `decode(encode(text)) == text` for every text.
 
-    A new one knows the 256 single bytes and `<|endoftext|>`; `train`, `load` and `from_gpt2` give
-    it a vocabulary. The ID of a token is its rank; the end of text follows the last rank. It serves
-    wherever the other scripts take a tokenizer. Book section 2.5.
+    A new one knows the 256 bytes; `train`, `load` and `from_gpt2` give it a vocabulary. A token's
+    ID is its rank; `<|endoftext|>` follows the last. The other scripts take it, too. Section 2.5.
 
     Example:
         tokenizer = BPETokenizer()
@@ -241,78 +215,66 @@ class BPETokenizer:
         tokenizer.save("checkpoints/verdict.tiktoken")
     """
 
-    MOST_CACHED = 1 << 16  # how many chunks to remember the IDs of
-
     def __init__(self, ranks=None, name="bytes"):
         # The names are tiktoken's, as gpt.py reads both kinds of tokenizer.
-        self.name, self._pat_str = name, GPT2_SPLIT_PATTERN
-        self._mergeable_ranks = ranks or {byte: i for i, byte in enumerate(BYTES)}
+        self.name = name
+        self._pat_str = GPT2_SPLIT_PATTERN
+        self._mergeable_ranks = ranks or dict(BYTES)
         self.eot_token = len(self._mergeable_ranks)
         self.n_vocab = self.eot_token + 1
         self._tokens = dict(enumerate([*self._mergeable_ranks, END_OF_TEXT.encode()]))
-        self._cache = {}
+        self._encode_chunk.cache_clear()  # what it remembers is of the ranks before
 
     def train(self, text, vocab_size):
         """Learn a vocabulary of `vocab_size` tokens, the bytes and the end of text included.
 
-        `text` is a str or an iterable of str, which is read once and never held as a whole; cut it
-        before white space, as each piece is split into chunks on its own. A text too small for
-        `vocab_size` gives as many merges as there are, and a sentence on stderr. Raises UserError
+        `text` is a str or an iterable of str, read once and never held as a whole; cut it before
+        white space. Too small a text gives fewer tokens and a sentence on stderr. Raises UserError
         for fewer than 257 tokens, UnicodeEncodeError as `encode` does.
         """
         if vocab_size < 257:
-            raise UserError(f"a vocabulary of {vocab_size} is too small for the 256 bytes and "
-                            f"{END_OF_TEXT}; ask for at least 257")
+            raise UserError(f"{vocab_size} tokens are too few; ask for at least 257")
         counts, wanted = Counter(), vocab_size - 257
         for piece in [text] if isinstance(text, str) else text:
             for part in piece.split(END_OF_TEXT):
                 count_chunks(part, counts)
 
-        ranks = {byte: i for i, byte in enumerate(BYTES)}
-        progress = Progress(wanted, "merges")
+        # Each merge gives the token of the next rank.
+        ranks, progress = dict(BYTES), Progress(wanted, "merges")
         merges = learn_merges({chunk.encode("utf-8"): n for chunk, n in counts.items()})
         for left, right, count in islice(merges, wanted):
             ranks[left + right] = len(ranks)
             progress.update(len(ranks) - 256, f"merging, now pairs seen {count:,} times")
         progress.close()
-        if len(ranks) < vocab_size - 1:
-            print(f"the text is too small for {wanted:,} merges: there were {len(ranks) - 256:,}, "
-                  f"so the vocabulary has {len(ranks) + 1:,} tokens", file=sys.stderr)
+        if len(ranks) - 256 < wanted:
+            print(f"too small a text: there were {len(ranks) - 256:,}, not {wanted:,} merges",
+                  file=sys.stderr)
         self.__init__(ranks, f"bpe-{len(ranks) + 1}")
 
     def encode(self, text, allowed_special=frozenset(), disallowed_special=()):
-        """Text -> list of token IDs.
+        """Text -> list of token IDs. `disallowed_special` is there for tiktoken's signature.
 
         `<|endoftext|>` in the text is plain text unless `allowed_special`, a set or "all", holds
-        it. `disallowed_special` is there for tiktoken's signature. Raises UnicodeEncodeError for a
-        lone surrogate, half a character, which has no UTF-8.
-
-        Example:
-            tokenizer.encode("Hi<|endoftext|>", allowed_special={"<|endoftext|>"})
+        it. Raises UnicodeEncodeError for a lone surrogate, half a character, which has no UTF-8.
         """
         special = allowed_special == "all" or END_OF_TEXT in allowed_special
         ids = []
         for i, part in enumerate(text.split(END_OF_TEXT) if special else [text]):
             ids += [self.eot_token] if i else []
             for chunk in regex.findall(self._pat_str, part):
-                ids += self._cache.get(chunk) or self._encode_chunk(chunk)
+                ids += self._encode_chunk(chunk)
         return ids
 
+    @lru_cache(1 << 16)  # words come back: the IDs of the latest are remembered
     def _encode_chunk(self, chunk):
         """The IDs of a chunk: merge the pair that makes the token of lowest rank; repeat."""
-        ranks, tokens = self._mergeable_ranks, [BYTES[byte] for byte in chunk.encode("utf-8")]
+        ranks, tokens = self._mergeable_ranks, [bytes([byte]) for byte in chunk.encode("utf-8")]
         while True:
             pairs = [pair for pair in pairwise(tokens) if pair[0] + pair[1] in ranks]
             if not pairs:
-                break
+                return [ranks[token] for token in tokens]
             best = min(pairs, key=lambda pair: ranks[pair[0] + pair[1]])
             tokens = merge_pair(tokens, best, best[0] + best[1])
-
-        # Words come back: their IDs are remembered.
-        if len(self._cache) >= self.MOST_CACHED:
-            self._cache.clear()
-        self._cache[chunk] = [ranks[token] for token in tokens]
-        return self._cache[chunk]
 
     def decode_bytes(self, ids):
         """IDs -> bytes. Raises KeyError for an ID that is not there."""
@@ -325,22 +287,18 @@ class BPETokenizer:
     def save(self, path):
         """Write tiktoken's rank file, all or nothing; `gpt.load_tokenizer(path)` reads it too."""
         with write_atomically(path) as part:
-            with open(part, "w", encoding="ascii", newline="\n") as file:
-                for token, rank in self._mergeable_ranks.items():
-                    file.write(f"{base64.b64encode(token).decode('ascii')} {rank}\n")
+            part.write_bytes(b"".join(b"%b %d\n" % (base64.b64encode(token), rank)
+                                      for token, rank in self._mergeable_ranks.items()))
 
     @classmethod
     def load(cls, path):
         """A tokenizer from a rank file. Raises UserError for one that is missing or broken."""
-        return cls(read_rank_file(path), Path(path).stem)
+        ranks = read_rank_file(path)
+        return cls(ranks, f"bpe-{len(ranks) + 1}")
 
     @classmethod
     def from_gpt2(cls, vocab_bpe=None, encoder_json=None):
-        """GPT-2's own vocabulary from OpenAI's list of merges, by default `data/vocab.bpe`.
-
-        Downloads that file if it is not there. The merges in order give the ranks, so
-        `encoder.json`, which lists every ID, is not needed. Raises UserError.
-        """
+        """GPT-2's vocabulary from OpenAI's `vocab.bpe` (downloaded) alone. Raises UserError."""
         return cls(read_gpt2_ranks(vocab_bpe), "gpt2")
 
 
@@ -355,21 +313,32 @@ STORY = ("The baker bakes bread before the break of day. The bread the baker bak
 SENTENCE = "The baker bakes better pancakes."
 
 
+def show(tokenizer, ids):
+    """IDs -> a line of tokens, in colours on a terminal, else with | between; odd ones escaped."""
+    texts = [tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids]
+    texts = [repr(text)[1:-1].replace(r"\\", "\\") for text in texts]
+    if not sys.stdout.isatty():
+        return "|".join(texts)
+    colours = cycle((153, 222, 157, 218, 189))  # black on pastel, readable on any background
+    return "".join(f"\x1b[30;48;5;{c}m{text}\x1b[0m" for c, text in zip(colours, texts))
+
+
 def walk():
     """A sentence as words, as byte pairs learned before your eyes, and in GPT-2's vocabulary."""
     vocab = build_vocab(STORY)
     v1, v2 = SimpleTokenizerV1(vocab), SimpleTokenizerV2(vocab)
     print(f"A story of {len(STORY)} characters:\n\n  {STORY[:85]}...\n")
-    print(f"1. Words. With punctuation marks there are {len(vocab) - 2} different ones. Number")
-    print("   them, and text is numbers:\n")
-    known = "The baker bakes better bread."
-    print(f"  {known}  ->  {v1.encode(known)}  ->  {v1.decode(v1.encode(known))}\n")
-    print("  But a word list never holds every word:\n")
+    print(f"1. Words and marks, {len(vocab) - 2} different ones. Numbered, text is numbers:\n")
+    ids = v1.encode("The baker bakes better bread.")
+    print(f"  V1  The baker bakes better bread.  ->  {ids}  ->  {v1.decode(ids)}")
+
+    print("\n  But a word list never holds every word:\n")
     try:
         v1.encode(SENTENCE)
     except KeyError as e:
         print(f"  V1  {SENTENCE}  ->  KeyError: {e}")
-    print(f"  V2  {SENTENCE}  ->  {v2.encode(SENTENCE)}  ->  {v2.decode(v2.encode(SENTENCE))}")
+    ids = v2.encode(SENTENCE)
+    print(f"  V2  {SENTENCE}  ->  {ids}  ->  {v2.decode(ids)}")
 
     print("\n2. Byte pairs. Start with the 256 bytes, which spell everything, and join the most")
     print("   frequent pair of neighbours into a new token, again and again:\n")
@@ -378,121 +347,84 @@ def walk():
     merges = learn_merges({chunk.encode("utf-8"): n for chunk, n in counts.items()})
     for i, (left, right, count) in enumerate(islice(merges, 12), 256):
         print(f"  {i}  {str(left)[1:]:>8s} + {str(right)[1:]:6s} seen {count} times")
+
     print("\n   A space belongs to the word after it. The sentence, as the vocabulary grows:\n")
     tokenizer = BPETokenizer()
     for size in (257, 269, 289, 309):
         tokenizer.train(STORY, size)
-        tokens = tokens_of(tokenizer, SENTENCE)
-        print(f"  {size:6,}  {len(tokens):3d} tokens  {show(tokens)}")
-    print("\n   No word is unknown, and decoding gives back every byte: "
-          f"{tokenizer.decode(tokenizer.encode(SENTENCE)) == SENTENCE}")
+        ids = tokenizer.encode(SENTENCE)
+        print(f"  {size:6,}  {len(ids):3d} tokens  {show(tokenizer, ids)}")
+    same = tokenizer.decode(ids) == SENTENCE
+    print(f"\n   No word is unknown, and decoding gives back every byte: {same}")
 
     print("\n3. GPT-2 learned 50,000 merges from 40 GB of web pages, in just this way.\n")
     if VOCAB_BPE.exists():
         gpt2 = BPETokenizer.from_gpt2()
-        tokens = tokens_of(gpt2, SENTENCE)
-        print(f"  {gpt2.n_vocab:,}  {len(tokens):3d} tokens  {show(tokens)}")
-        print(f"  {gpt2.encode(SENTENCE)}")
+        ids = gpt2.encode(SENTENCE)
+        print(f"  {gpt2.n_vocab:,}  {len(ids):3d} tokens  {show(gpt2, ids)}\n  {ids}")
     else:
-        print("  Its vocabulary is not here yet. To fetch it (0.5 MB) and see the sentence in it:\n"
-              f'    python tokenizer.py encode --tokenizer gpt2 "{SENTENCE}"')
+        print(f'  To see it: python tokenizer.py encode "{SENTENCE}"')
     print("\nNext: python tokenizer.py train YOUR-TEXT.txt learns a vocabulary of your own.")
-
-
-def tokens_of(tokenizer, text, allowed_special=frozenset()):
-    """The bytes of each token of a text, as a list."""
-    return [tokenizer.decode_bytes([i]) for i in tokenizer.encode(text, allowed_special)]
-
-
-def show(tokens):
-    """Tokens as bytes -> a line: a colour each on a terminal, else with | between them.
-
-    What cannot be printed (half a character, a line break) is shown as an escape.
-    """
-    texts = ["".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
-                     for c in token.decode("utf-8", errors="backslashreplace"))
-             for token in tokens]
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return "|".join(texts)
-    colours = cycle((153, 222, 157, 218, 189))  # black on pastel, readable on any background
-    return "".join(f"\x1b[30;48;5;{c}m{text}\x1b[0m" for c, text in zip(colours, texts))
 
 
 def train(files, vocab_size, out):
     """Train on the first nine tenths of the files, save, and measure on the last tenth."""
-    if out.resolve() in {path.resolve() for path in files}:
-        raise UserError(f"{out} is a text to train on and would be overwritten; choose another "
-                        "--out")
     if out.exists():
         read_rank_file(out)  # a file that is something else is not overwritten
-    for path in files:  # so that a wrong path shows now, and not after an hour
-        next(read_text_pieces(path, size=1 << 10))
     total = sum(path.stat().st_size for path in files)
-    pieces = (piece for path in files
-              for piece in read_text_pieces(path, size=max(256, min(total // 100, 1 << 22))))
-    progress, start, tokenizer = Progress(total / 1e6, "MB"), time.perf_counter(), BPETokenizer()
+    size = max(256, min(total // 100, 1 << 22))
+    pieces = chain.from_iterable(read_text_pieces(path, size) for path in files)
 
     def first_part():
-        done = 0
-        while done < 0.9 * total and (piece := next(pieces, "")):
+        done, progress = 0, Progress(total / 1e6, "MB")
+        for piece in pieces:
             done += len(piece.encode("utf-8"))
-            yield piece
             progress.update(done / 1e6, "reading")
+            yield piece
+            if done >= 0.9 * total:
+                break
         progress.close()
 
+    start, tokenizer = time.perf_counter(), BPETokenizer()
     tokenizer.train(first_part(), vocab_size)
     tokenizer.save(out)
-    say(f"trained  {tokenizer.n_vocab:,} tokens in {time.perf_counter() - start:.1f} s: 256 bytes, "
-        f"{tokenizer.n_vocab - 257:,} merges, {END_OF_TEXT}")
-    words = [token for token in tokenizer._mergeable_ranks
-             if token.decode("utf-8", "replace").strip().isalpha()]
-    print(f"longest  {show(sorted(words, key=len)[:-7:-1])}")
-    say(f"saved    {out}")
+    say(f"trained  {tokenizer.n_vocab:,} tokens in {time.perf_counter() - start:.1f} s -> {out}")
+    words = [i for i in range(tokenizer.eot_token) if tokenizer.decode([i]).strip().isalpha()]
+    longest = sorted(words, key=lambda i: -len(tokenizer.decode([i])))[:6]
+    print(f"longest  {show(tokenizer, longest)}")
+
+    # Measure on text that the training has not seen.
     num_bytes = num_tokens = 0
     for piece in pieces:
         num_bytes += len(piece.encode("utf-8"))
         num_tokens += len(tokenizer.encode(piece, allowed_special="all"))
     if num_tokens:
-        say(f"held out {num_bytes:,} bytes, the last tenth of the text, which the training has not "
-            f"seen:\n         {num_tokens:,} tokens, {num_bytes / num_tokens:.2f} bytes per token "
-            "(more is better; without merges it is 1)")
-
-
-def encode(spec, text, allow_special):
-    """Print the IDs of a text, then its tokens."""
-    tokenizer = {"gpt2": BPETokenizer.from_gpt2, "bytes": BPETokenizer}.get(
-        spec, lambda: BPETokenizer.load(spec))()
-    allowed = "all" if allow_special else frozenset()
-    try:
-        print(*tokenizer.encode(text, allowed))
-    except UnicodeEncodeError:  # Python hides foreign bytes on the command line in lone surrogates
-        raise UserError("the text is not UTF-8; set the terminal to UTF-8 and type it "
-                        "again") from None
-    print(show(tokens_of(tokenizer, text, allowed)))
+        say(f"held out {num_bytes:,} bytes, the last tenth: {num_tokens:,} tokens, "
+            f"{num_bytes / num_tokens:.2f} bytes per token (more is better; 1 without merges)")
 
 
 def main(argv=None):
     """The walk without a command, else train or encode."""
-    parser = ArgumentParser(description="Text to token IDs: words, then byte-pair encoding. "
-                            "Without a command: a walk through both.")
+    parser = ArgumentParser(description="Text to token IDs. Without a command: a walk.")
     commands = parser.add_subparsers(dest="command", metavar="train | encode")
-    sub = commands.add_parser("train", help="learn a vocabulary from text files")
-    sub.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text")
-    sub.add_argument("--vocab-size", type=positive_int, default=4096,
-                     help="how many tokens, the 256 bytes and <|endoftext|> included")
-    sub.add_argument("--out", type=Path, default=Path("checkpoints/my.tiktoken"),
-                     help="rank file to write, in tiktoken's format")
-    sub = commands.add_parser("encode", help="show a text as tokens")
-    sub.add_argument("text", help="what to encode")
-    sub.add_argument("--allow-special", action="store_true",
-                     help="let <|endoftext|> in the text be the special token")
-    sub.add_argument("--tokenizer", default="gpt2",
-                     help="gpt2, bytes, or a rank file that train has written")
+    arg = commands.add_parser("train", help="learn a vocabulary from text files").add_argument
+    arg("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text")
+    arg("--vocab-size", type=positive_int, default=4096, help="tokens, the 256 bytes included")
+    arg("--out", type=Path, default=Path("checkpoints/my.tiktoken"), help="rank file to write")
+    arg = commands.add_parser("encode", help="show a text as tokens").add_argument
+    arg("text", help="what to encode")
+    arg("--allow-special", action="store_true", help="<|endoftext|> in it is the special token")
+    arg("--tokenizer", default="gpt2", help="gpt2, bytes, or a rank file that train has written")
+
     args = parser.parse_args(argv)
     if args.command == "train":
         train(args.files, args.vocab_size, args.out)
     elif args.command == "encode":
-        encode(args.tokenizer, args.text, args.allow_special)
+        tokenizer = BPETokenizer(load_tokenizer(args.tokenizer)._mergeable_ranks)
+        text = args.text.encode("utf-8", "replace").decode("utf-8")  # what is not UTF-8 becomes ?
+        ids = tokenizer.encode(text, "all" if args.allow_special else frozenset())
+        print(*ids)
+        print(show(tokenizer, ids))
     else:
         walk()
 
