@@ -444,7 +444,8 @@ def make_datasets(path, tokenizer, style, context):
 def write_json(path, value):
     """Write JSON that people can read, all or nothing. What UTF-8 cannot hold becomes a ?."""
     with write_atomically(path) as part:
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8", "replace")
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8",
+                        errors="replace")
 
 
 def answer_and_score(test_set, args, device, dtype):

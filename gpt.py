@@ -921,8 +921,9 @@ def fetch(url, part, sha256, timeout):
                "Range": f"bytes={have}-" if have else None}
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         # The rest of the file, or the whole of it, or neither.
+        status = response.status_code
         goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if response.status_code in (206, 416) and not goes_on:
+        if status == 416 or (status == 206 and not goes_on):
             part.write_bytes(b"")
             raise requests.RequestException("the part that was there is not of this file")
         response.raise_for_status()
