@@ -1,4 +1,4 @@
-"""Classification: a pretrained GPT learns to tell spam from ham, or any labelled texts apart.
+"""Classification: a pretrained GPT learns to tell spam from ham (what is no spam), or other labels.
 
     python finetune_classifier.py                        the SMS Spam Collection, spam or ham
     python finetune_classifier.py --data reviews.csv --text-column review --label-column stars
@@ -35,12 +35,12 @@ from gpt import (
 
 # ---------------------------------------------------------------------------------------------
 # The task. A language model continues texts; asked "is this spam?" it goes on writing as its
-# training text would, as it has never seen such a question answered. But on its way to the next
-# token it has learned to read, and what it reads stands in the vectors of its last block. A small
-# layer on top of those learns the answer from a few hundred examples.
+# training text would, as nobody has taught it to answer. But on its way to the next token it has
+# learned to read, and what it reads stands in the vectors of its last block. A small layer on top
+# of those, and the last block, learn the answer from about a thousand examples.
 
 def ask(model, tokenizer, text):
-    """What a language model says when it is merely asked; 12 tokens. Book section 6.4."""
+    """What the language model answers (12 tokens) before any training. Book section 6.4."""
     prompt = f"Is this message spam? Answer yes or no.\n\n{text}\n\nAnswer:"
     idx = text_to_token_ids(prompt, tokenizer).to(model.tok_emb.weight.device)
     ids = generate(model, idx, 12, model.cfg["context_length"], eos_id=tokenizer.eot_token)
@@ -51,9 +51,9 @@ def ask(model, tokenizer, text):
 # Texts and labels: a list of (label, text).
 
 def create_balanced_dataset(examples, seed=123):
-    """As many texts of each class as the rarest has, drawn by chance. Book section 6.2."""
-    # Of the SMS messages 87 % are ham: always answering "ham" would be right that often, and the
-    # model would first of all learn to do so.
+    """As many texts of each class as the rarest has, drawn at random. Book section 6.2."""
+    # 87 % of the SMS messages are ham: a model that always answers "ham" is right that often, and
+    # training would find this answer first.
     by_class = {}
     for label, text in examples:
         by_class.setdefault(label, []).append((label, text))
@@ -64,8 +64,8 @@ def create_balanced_dataset(examples, seed=123):
 
 def random_split(examples, train_frac=0.7, validation_frac=0.1, seed=123):
     """Shuffle and cut in three -> (train, validation, test). Book section 6.2."""
-    # The validation texts choose among the states of the training; the test texts are looked at
-    # once, in the end, as the best of many tries looks better than it is.
+    # The validation texts show which state of the training is best. The best of many looks better
+    # than it is, so the test texts are used only once, at the end.
     shuffled = random.Random(seed).sample(examples, len(examples))
     train_end = int(len(shuffled) * train_frac)
     validation_end = train_end + int(len(shuffled) * validation_frac)
@@ -105,15 +105,15 @@ def collate(batch):
 
 
 # ---------------------------------------------------------------------------------------------
-# The model: `replace_head` (gpt.py) puts a layer with one output per class in the place of the one
-# with an output per token. How much of the rest should learn?
+# The model: `replace_head` (gpt.py) replaces the output layer, which has one output per token of
+# the vocabulary, by one with an output per class. How much of the rest should learn?
 
 def freeze(model, train, rank=16, alpha=16):
-    """Let only a part of the model learn -> how many blocks, from the bottom, stay as they are.
+    """Let only a part of the model learn -> how many blocks before the last one stay as they are.
 
     "head": the new head alone. "last-block": also the last block and the final norm (section 6.5):
-    the first blocks see letters and words, the same for every task; the last one gathers what the
-    next token depends on, and now has to gather something else. "lora": the head, and a correction
+    the first blocks read what every task needs; the last one gathers what the next token depends
+    on, and now has to gather something else. "lora": the head, and a correction
     to every matrix in the blocks (appendix E; Hu et al. 2021). "all": everything.
     """
     model.requires_grad_(train == "all")
@@ -135,12 +135,13 @@ def classify_batch(model, ids, lengths):
     """Token IDs (B, T) and lengths (B,) -> a score per class, (B, classes)."""
     # subtle: the last real token has read the whole text; the last position of a padded row is
     # padding, and what it says depends on the longest text of the batch.
-    last = model.hidden_states(ids)[torch.arange(len(ids), device=ids.device), lengths - 1]
+    hidden = model.hidden_states(ids)                                     # (B, T, C)
+    last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]   # (B, C)
     return model.out_head(last)
 
 
 # ---------------------------------------------------------------------------------------------
-# The loop one would explain first: the whole model for every batch. A loader yields (token IDs
+# The simple loop: the whole model for every batch. A loader yields (token IDs
 # (B, T), lengths (B,), labels (B,)), as `collate` makes them. Book sections 6.6 and 6.7.
 
 @torch.no_grad()
@@ -156,8 +157,8 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
 
 def calc_loss_batch(ids, lengths, labels, model, device):
     """Mean cross-entropy of a batch in nats per text, a tensor to call backward() on."""
-    # Accuracy jumps when a text changes sides; the loss, minus the logarithm of the probability of
-    # the right class, has a slope that training can follow.
+    # Accuracy changes only when a prediction flips; the loss, -log(probability of the right class),
+    # changes with every weight, so it has a slope that training can follow.
     logits = classify_batch(model, ids.to(device), lengths.to(device))
     return F.cross_entropy(logits, labels.to(device))
 
@@ -202,13 +203,13 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
 
 
 # ---------------------------------------------------------------------------------------------
-# The same, many times faster. What is frozen gives the same output in every epoch, so it reads each
-# text once and its output is kept. And of the last block, the head reads one position alone.
+# The same, many times faster. Frozen blocks read each text once, and their output is kept. And the
+# head reads only one position of the last block's output.
 
 def last_token_block(block, x, lengths):
     """`block(x)` at the last real token of each row only: (B, T, C) -> (B, C)."""
     # Every token gives a key and a value; only the last one needs a query, an output and a
-    # feed-forward pass: five sixths of the block's work are saved.
+    # feed-forward pass: 10 of the block's 12 products with a C x C matrix are saved.
     att = block.att
     rows, last = torch.arange(len(x), device=x.device), lengths - 1
     normed = block.norm1(x)
@@ -216,7 +217,7 @@ def last_token_block(block, x, lengths):
     keys = att.split_heads(att.W_key(normed))                             # (B, H, T, D)
     values = att.split_heads(att.W_value(normed))
 
-    # The last real token sees itself and what is before it, and not the padding behind it.
+    # A single query needs no causal mask, but one that hides the padding behind the last token.
     real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]   # (B, T)
     context_vec = F.scaled_dot_product_attention(queries, keys, values, real[:, None, None])
     x = x[rows, last] + att.out_proj(context_vec.flatten(1))
@@ -225,8 +226,8 @@ def last_token_block(block, x, lengths):
 
 def run_frozen(model, ids, depth):
     """Token IDs (B, T) -> what the first `depth` blocks make of them, (B, T, C)."""
-    # subtle: rows are padded at the right, and no mask is needed: causal attention never looks
-    # right, so no real token sees the padding. What the padding itself yields is never read.
+    # subtle: rows are padded at the right, and no padding mask is needed: causal attention never
+    # looks right, so no real token sees the padding. What the padding itself yields is never read.
     x = model.tok_emb(ids) + model.pos_emb(torch.arange(ids.shape[1], device=ids.device))
     return model.trf_blocks[:depth](x)
 
@@ -235,7 +236,7 @@ def run_rest(model, x, lengths, depth):
     """What `run_frozen` made, (B, T, C), or token IDs (B, T) -> a score per class, (B, classes)."""
     if not x.is_floating_point():
         x = run_frozen(model, x, depth)
-    x = model.trf_blocks[depth:-1](x)
+    x = model.trf_blocks[depth:-1](x)  # an empty slice returns x
     x = last_token_block(model.trf_blocks[-1], x, lengths)
     return model.out_head(model.final_norm(x))
 
@@ -243,7 +244,7 @@ def run_rest(model, x, lengths, depth):
 @torch.no_grad()
 def in_batches(function, rows, device, dtype, most_tokens=2048):
     """Yield (i, what `function(padded, lengths)` makes of row i), for all rows."""
-    # Texts of like length share a batch, so that there is little padding.
+    # Longest first: the first text of a batch sets its width, and like lengths need little padding.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     progress = Progress(len(rows), "texts")
     done = 0
@@ -261,12 +262,14 @@ def in_batches(function, rows, device, dtype, most_tokens=2048):
 def read_once(model, ids, depth, keep_limit, device, dtype):
     """Run every text through the frozen part: list of (T_i,) -> list of (T_i, C).
 
-    Returns `ids` where nothing is frozen, or where that takes more than `keep_limit` megabytes.
+    Returns `ids` if nothing is frozen or the output takes more than `keep_limit` megabytes.
     """
+    if depth == 0:
+        return list(ids)
     size = sum(map(len, ids)) * model.cfg["emb_dim"] * 4 / 1e6
-    keep = depth > 0 and size <= keep_limit
-    say(f"frozen   {depth} of {len(model.trf_blocks)} blocks, their output takes {size:,.0f} MB: "
-        + ("kept" if keep else "computed in every epoch"))
+    keep = size <= keep_limit
+    say(f"frozen   the first {depth} of {len(model.trf_blocks)} blocks, their output takes "
+        f"{size:,.0f} MB: " + ("kept" if keep else "computed in every epoch"))
     rows = list(ids)
     if keep:
         for i, x in in_batches(lambda x, _: run_frozen(model, x, depth), ids, device, dtype):
@@ -296,7 +299,7 @@ def train_classifier(model, rows, labels, num_train, run, optimizer, args, depth
                 "val_accuracy": right[num_train:].mean().item()}
 
     for step in run.steps(evaluate):
-        # Gradients, a batch at a time, divided by the number of texts in the whole step.
+        # The gradients of --grad-accum batches add up to that of the mean over all their texts.
         numbers = torch.from_numpy(run.rows_of_step(step, num_train))
         step_loss = num_tokens = 0
         for batch in numbers.split(args.batch_size):
@@ -323,14 +326,14 @@ def classify_texts(texts, model, tokenizer, device, dtype=torch.float32):
     return torch.softmax(predict(model, ids, 0, device, dtype), dim=-1)
 
 
-def classify_review(text, model, tokenizer, device, class_names=("not spam", "spam")):
+def classify_review(text, model, tokenizer, device, class_names=("ham", "spam")):
     """The likeliest class of one text. Book section 6.8."""
     return class_names[int(classify_texts([text], model, tokenizer, device).argmax())]
 
 
 def wilson_interval(right, total, z=1.96):
-    """The 95 % interval of a share (Wilson 1927); it stays within 0 and 1, unlike p +- z s."""
-    # On many other samples of texts, the true share would lie in this range in 95 of 100 cases.
+    """The 95 % interval of a share (Wilson 1927); it stays within 0 and 1."""
+    # Computed from many samples of texts, 95 of 100 such intervals contain the true share.
     p = right / total
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2)) / (1 + z * z / total)
@@ -373,7 +376,7 @@ SMS_URLS = ["https://archive.ics.uci.edu/static/public/228/sms+spam+collection.z
             "https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip"]
 SMS_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"
 LEARNING_RATES = {"last-block": 5e-5, "all": 5e-5,   # the book's, for GPT-2's width
-                  "head": 1e-3, "lora": 8e-4}        # few or fresh weights, with a longer way to go
+                  "head": 1e-3, "lora": 8e-4}        # only new weights, which begin at random
 
 
 def download_and_unzip_spam_data(urls=SMS_URLS, path=Path("data") / SMS_NAME, sha256=SMS_SHA256):
@@ -456,7 +459,7 @@ def read_labelled_texts(path, text_column=None, label_column=None):
     say(f"data     {path}: {len(full):,} texts, {found}\n"
         f"skipped  {len(examples) - len(full):,} without text or label")
 
-    # Of two classes with 10 texts, a tenth leaves 2 to validate.
+    # Two classes of 10 texts leave 2 to validate.
     rarest = min(counts, key=counts.get, default="")
     if len(counts) < 2 or counts[rarest] < 10:
         raise UserError(f"{path} has {len(counts)} classes, the rarest, {rarest[:40]!r}, with "
@@ -503,7 +506,7 @@ def train(args):
     """Labelled texts + a language model -> a classifier, its checkpoint and its report."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    keep_freed_memory(largest=1 << 25)  # the sizes of larger ones vary: kept, they would add up
+    keep_freed_memory(largest=1 << 25)  # larger blocks vary in size and would pile up
     start = find_start(args.init, ("gpt2-124M.pt", "pretrained.pt"),
                        "This stage teaches a language model to tell spam from ham.")
     check_output(args, args.data, start)
@@ -546,7 +549,7 @@ def train(args):
     run.finish()
     report(class_names, data.labels[num_seen:], predicted,
            commonest=int(data.labels[:num_train].bincount().argmax()))
-    say(f"\nNext: python finetune_classifier.py --checkpoint {args.out} --classify \"Call now!\"")
+    say(f"\nNext: python finetune_classifier.py --checkpoint {args.out} --classify 'Call now'")
 
 
 def main(argv=None):
@@ -560,13 +563,13 @@ def main(argv=None):
     arg("--label-column", help="header or number; default: the one named label, else the first")
     arg("--text-column", help="header or number; default: the one named text, else the second")
     arg("--no-balance", action="store_true", help="take all texts, not equally many of each class")
-    arg("--init", type=Path, help="start; default: checkpoints/gpt2-124M.pt, else pretrained.pt")
+    arg("--init", type=Path, help="language model; default: gpt2-124M.pt, else pretrained.pt")
     arg("--train", choices=list(LEARNING_RATES), default="last-block", help="which part learns")
     arg("--lora-rank", type=positive_int, default=16, help="width of LoRA's corrections")
-    arg("--lora-alpha", type=positive_float, default=16.0, help="they are times alpha / rank")
+    arg("--lora-alpha", type=positive_float, default=16.0, help="size: times alpha / rank")
     arg("--weight-decay", type=non_negative_float, default=0.1, help="pull towards zero")
     arg("--keep-limit", type=non_negative_float, metavar="MB", default=2000,
-        help="keep what the frozen part computes if it takes no more memory")
+        help="keep the frozen part's output if it takes at most this much memory")
     add_training_arguments(parser, "classifier.pt", epochs=5, batch_size=8)
     args = parser.parse_args(argv)
     if args.classify:

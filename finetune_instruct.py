@@ -1,6 +1,6 @@
 """Instruction finetuning: teach a language model to answer, judge its answers, talk to it.
 
-    python finetune_instruct.py                              the book's data and run (chapter 7)
+    python finetune_instruct.py                              the book's data (chapter 7)
     python finetune_instruct.py --data mine.jsonl --train lora --prompt-style phi3
     python finetune_instruct.py --judge llama3               have the answers scored by Ollama
     python finetune_instruct.py --chat
@@ -39,7 +39,7 @@ from gpt import (
 # anything: it needs a larger model, many different examples, and is hard to measure.
 #
 # The prompt. A record has an instruction, sometimes an input, and the output wanted. Training shows
-# the model all three in one fixed form, so that later the first two alone call forth the third.
+# the model all three in one fixed form, so that later it answers the first two with the third.
 
 PROMPT_STYLES = {  # the text put before a record's instruction, input and output
     # Taori et al. 2023; the book's section 7.2
@@ -90,9 +90,9 @@ class InstructionDataset(Dataset):
 
 
 # ---------------------------------------------------------------------------------------------
-# Batches. Rows of different lengths are padded to the longest. The targets are the inputs moved on
-# by one token, as in pretraining; where there is nothing to learn stands -100, the number that
-# torch's cross-entropy leaves out: on the padding, and on the prompt, which the model is given.
+# Batches. Rows are padded to the longest. The targets are the inputs moved on by one token, as in
+# pretraining. -100, which the loss leaves out, marks where nothing is to be learned: the padding
+# and, with `prompt_lengths`, the prompt, which the model is given.
 
 def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_length=None,
                       device="cpu", prompt_lengths=None):
@@ -116,19 +116,20 @@ def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_
         # subtle: which places are padding follows from the lengths, never from the token there,
         # so an end of text inside a row is learned like any other token.
         targets[row, :length] = torch.tensor([*ids, pad_token_id][1:length + 1])
+        # The prompt's last token has the answer's first one as its target: that one stays.
         if prompt_lengths is not None:
             targets[row, :max(0, min(prompt_lengths[row], length) - 1)] = ignore_index
     return inputs.to(device), targets.to(device)
 
 
 # ---------------------------------------------------------------------------------------------
-# The loss, and the loop one would explain first. Both are those of pretraining, with other rows.
+# The loss and the simplest loop, as in pretraining with other rows; then the loop that is used.
 
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Mean cross-entropy in nats per target. Sections 5.1.3 and 7.6.
 
-    Only positions with a target need logits: the projection to the vocabulary is a third of GPT-2's
-    work, and skipping it elsewhere makes a step 1.19 times as fast.
+    Only positions with a target need logits: the projection to the vocabulary is a third of the
+    work of GPT-2 124M, and skipping it elsewhere makes a step 1.19 times as fast.
     """
     is_target = target_batch.to(device) != -100                       # (B, T)
     hidden = model.hidden_states(input_batch.to(device))[is_target]   # (N, C)
@@ -138,7 +139,8 @@ def calc_loss_batch(input_batch, target_batch, model, device):
 def train_model_simple(model, dataset, optimizer, device, num_epochs, batch_size, pad_token_id):
     """Train on an InstructionDataset, prompts too; return each step's loss. Section 7.6."""
     loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True,
-                        collate_fn=lambda batch: custom_collate_fn(batch, pad_token_id))
+                        collate_fn=lambda batch: custom_collate_fn(
+                            batch, pad_token_id, allowed_max_length=model.cfg["context_length"]))
     losses = []
     model.train()
 
@@ -153,7 +155,7 @@ def train_model_simple(model, dataset, optimizer, device, num_epochs, batch_size
 
 
 def train_model(model, train_set, run, optimizer, args, device, dtype, evaluate):
-    """The loop that runs. `run` (gpt.py) seeds each step, evaluates, saves, resumes."""
+    """The loop that is used. `run` (gpt.py) picks a step's records, evaluates, saves, resumes."""
     for step in run.steps(evaluate):
         # The step's records in batches, and how many targets these have together.
         rows = run.rows_of_step(step, len(train_set))
@@ -161,8 +163,8 @@ def train_model(model, train_set, run, optimizer, args, device, dtype, evaluate)
         num_targets = sum(int((targets != -100).sum()) for _, targets in batches)
 
         # Dividing by the targets of the whole step makes many small batches equal one large one,
-        # also when they hold different numbers of targets. `packed_losses`, behind the lesson, is
-        # `calc_loss_batch` made faster.
+        # even with different numbers of targets. `packed_losses`, after the lesson, is a faster
+        # `calc_loss_batch` without the mean.
         step_loss = 0.0
         for inputs, targets in batches:
             with autocast(device, dtype):
@@ -180,9 +182,9 @@ def train_model(model, train_set, run, optimizer, args, device, dtype, evaluate)
 
 def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens=256,
                        batch_size=32):
-    """Give each entry a `model_response`, greedily, as if its prompt were alone. Section 7.7.
+    """Give each entry a `model_response`, always the likeliest token, as if alone. 7.7.
 
-    An answer ends with the end of text, after `max_new_tokens` or where the context does.
+    An answer ends with the end of text, after `max_new_tokens` or when the context is full.
     """
     context, end = model.cfg["context_length"], tokenizer.eot_token
     progress = Progress(len(entries), "answers")
@@ -197,7 +199,7 @@ def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens
         out = generate(model, idx, min(max_new_tokens, context - lengths[0]), context, eos_id=end,
                        lengths=torch.tensor(lengths))
 
-        # Of each row the new tokens, up to its end of text.
+        # Every row's new tokens begin where the padded prompts end; `generate` hides the padding.
         for entry, length, new in zip(batch, lengths, out[:, idx.shape[1]:].tolist()):
             answer = [*new[:context - length], end]
             entry["model_response"] = tokenizer.decode(answer[:answer.index(end)]).strip()
@@ -285,12 +287,12 @@ def generate_model_scores(json_data, json_key, model="llama3", url=OLLAMA, save=
 # ---------------------------------------------------------------------------------------------
 # Chat. The model was trained on single questions, each with its answer. It is shown what was said
 # before, as far as that fits, but has never learned to refer to it: "and in French?" is a question
-# it cannot know how to take. A chat model is trained on whole conversations.
+# it cannot understand. A chat model is trained on whole conversations.
 
 def print_answer(model, tokenizer, style, entry, turns, args, presses=()):
     """Print the answer to a question while it is made; both become the last of `turns`.
 
-    A turn is a list of tokens; the newest that fit in three quarters of the context are read.
+    A turn is a list of tokens; the oldest are dropped beyond three quarters of the context.
     Raises UserError when the question leaves no room for an answer.
     """
     context = model.cfg["context_length"]
@@ -310,7 +312,7 @@ def print_answer(model, tokenizer, style, entry, turns, args, presses=()):
 
 
 def chat(model, tokenizer, style, args):
-    """A conversation in the terminal. Ctrl-C stops an answer, or the chat where it awaits text."""
+    """A conversation in the terminal. Ctrl-C stops an answer; at the > it ends the chat."""
     turns = []
     print("/reset forgets the conversation; /exit or Ctrl-D ends it.")
     while True:
@@ -339,9 +341,9 @@ def chat(model, tokenizer, style, args):
 def packed_losses(model, inputs, targets):
     """inputs, targets (B, T) -> (N,), the cross-entropy of each of the N targets in nats.
 
-    Padding is not computed at all: the rows are put one behind the other. The text that they all
-    begin with, half of a prompt, is computed once, if none of its tokens is a target (with dropout
-    the rows then share its noise). A step is 1.27 times as fast as with `calc_loss_batch`.
+    Padding is not computed at all: the rows are put one after another. The beginning they all share
+    is computed once, if none of its tokens is a target (with dropout the rows then share its
+    noise). With GPT-2 124M a step is 1.27 times as fast as with `calc_loss_batch`.
     """
     # P: the length of the beginning that all rows share, with no target in it.
     is_target = targets != -100                                       # (B, T)
@@ -364,7 +366,7 @@ def packed_losses(model, inputs, targets):
 def make_batches(dataset, rows, args, model, mask_prompt):
     """Record numbers -> a list of (inputs, targets) with at most --batch-size records each.
 
-    A batch has at most 4,096 tokens: attention in the row it becomes grows with their square.
+    A batch has at most 4,096 tokens: the cost of attention grows with their square.
     """
     context = model.cfg["context_length"]
     longest = min(context, max(len(dataset[i]) for i in rows))
@@ -399,8 +401,8 @@ RECORDS_SHA256 = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d1639
 def read_records(path):
     """A JSON list, or a .jsonl file with a record per line -> records. Raises UserError."""
     text = "".join(read_text_pieces(path)).removeprefix("\ufeff")
-    if Path(path).suffix.lower() == ".jsonl":  # a comma after each line but the last makes a list
-        text = "[" + re.sub(r"(?<=\S)(?=\s*\n\s*\S)", ",", text) + "]"
+    if Path(path).suffix.lower() == ".jsonl":
+        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
 
     try:
         records = json.loads(text)
@@ -421,7 +423,7 @@ def read_records(path):
 
 
 def make_datasets(path, tokenizer, style, context):
-    """A file -> InstructionDatasets to train (85 %), validate and test (10 %). Section 7.2."""
+    """A file -> sets to train (first 85 %), validate (last 5 %), test (the rest). Section 7.2."""
     records = read_records(path)
     a = int(len(records) * 0.85)
     b = a + int(len(records) * 0.1)
@@ -435,7 +437,7 @@ def make_datasets(path, tokenizer, style, context):
     say(f"records  {path}: {train} to train, {val} to validate, {test} to test")
     if left_out or cut:
         say(f"         longer than {context} tokens: {cut} lose the end of the answer, {left_out} "
-            "have no room for one; --prompt-style phi3 is shorter")
+            "have no room for one" + "; --prompt-style phi3 is shorter" * (style != "phi3"))
     if not train or not val:
         raise UserError(f"{path}: at least one record to train and one to validate are needed")
     return sets
@@ -471,15 +473,16 @@ def judge(args):
     path = beside(args.out, "-responses.json")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        for entry in entries:
+        for entry in entries:  # raises if one of the texts is missing
             format_input(entry) + entry["output"] + entry["model_response"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"there are no answers in {path}; make them with: python "
                         "finetune_instruct.py") from None
     scores = generate_model_scores(entries, "model_response", args.judge, args.judge_url,
                                    lambda: write_json(path, entries))
-    say(f"judge    {args.judge}: {sum(scores) / max(1, len(scores)):.2f} of 100, mean of "
-        f"{len(scores)} of {len(entries)} answers")
+    mean = sum(scores) / len(scores) if scores else math.nan
+    say(f"judge    {args.judge}: {mean:.2f} of 100, mean of {len(scores)} of {len(entries)} "
+        "answers")
 
 
 def talk(args):
@@ -508,9 +511,9 @@ def parse_arguments(argv):
     arg("--prompt-style", choices=list(PROMPT_STYLES), help="default: the checkpoint's, or alpaca")
     arg("--mask-prompt", action=argparse.BooleanOptionalAction, default=True,
         help="learn the answer alone, not the prompt too")
-    arg("--train", choices=["all", "lora"], default="all", help="every weight, or corrections")
+    arg("--train", choices=["all", "lora"], default="all", help="every weight, or LoRA corrections")
     arg("--lora-rank", type=positive_int, default=16, help="width of a correction")
-    arg("--lora-alpha", type=positive_float, default=16.0, help="it is multiplied by alpha / rank")
+    arg("--lora-alpha", type=positive_float, default=16.0, help="size: times alpha / rank")
 
     # Answers to the test records.
     arg("--no-responses", action="store_true", help="do not answer the test records")
@@ -523,8 +526,8 @@ def parse_arguments(argv):
     talking.add_argument("--chat", action="store_true", help="talk to the model at --checkpoint")
     talking.add_argument("--ask", metavar="TEXT", help="one question to it")
     arg("--input", default="", metavar="TEXT", help="what the question of --ask is about")
-    arg("--checkpoint", type=Path, default=Path("checkpoints/instruct.pt"), help="who is asked")
-    arg("--temperature", type=non_negative_float, default=0.0, help="0: the likeliest answer")
+    arg("--checkpoint", type=Path, default=Path("checkpoints/instruct.pt"), help="the model to ask")
+    arg("--temperature", type=non_negative_float, default=0.0, help="0: always the likeliest token")
 
     add_training_arguments(parser, "instruct.pt", epochs=2, batch_size=8, eval_every=40)
     args = parser.parse_args(argv)
@@ -537,7 +540,7 @@ def finetune(args):
     """Checkpoint + records -> training -> answers -> scores."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    keep_freed_memory(largest=1 << 25)  # the sizes of larger ones vary: kept, they would add up
+    keep_freed_memory(largest=1 << 25)  # larger blocks vary in size and would pile up
     start = find_start(args.init, ("gpt2-355M.pt", "gpt2-124M.pt", "pretrained.pt"),
                        "This stage teaches a language model to follow instructions.")
     check_output(args, args.data, start, endings=("-resume.pt", ".csv", ".png", "-responses.json"))

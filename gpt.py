@@ -6,7 +6,7 @@
 
 The one file that the stages share: `from gpt import GPTModel, GPT_CONFIG_124M`. It follows the book
 *Build a Large Language Model (From Scratch)* by Sebastian Raschka, chapters 3 to 5 and appendix E.
-The first half is the lesson; a line says where it ends. Shapes: B batch (rows), T tokens in a row,
+The lesson comes first; a line says where it ends. Shapes: B batch (rows), T tokens in a row,
 C embedding width, H heads, D = C / H head width, V vocabulary size.
 """
 
@@ -47,8 +47,8 @@ GPT_CONFIG_124M = {
     "qkv_bias": False,       # bias in the query, key and value layers; OpenAI's weights have one
 }
 # With one more key, "tie_embeddings": True, the model's first and last matrix are one, as in GPT-2.
-# They have 38.6 million numbers each: so the model has 124 million parameters, as its name says;
-# with two matrices, as in the book and in this dictionary, it has 163 million.
+# Each has 38.6 million numbers: with one, the model has 124 million parameters, as its name says;
+# with two, as in the book and in this dictionary, it has 163 million.
 
 GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radford et al. 2019)
     "124M": {"emb_dim": 768, "n_layers": 12, "n_heads": 12},
@@ -64,23 +64,23 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 # one for it.
 
 # ---------------------------------------------------------------------------------------------
-# Embeddings. A model computes with vectors, so each token ID is turned into one: row number ID of
-# a table. With three tokens and vectors of two numbers,
+# Embeddings. A text is cut into tokens (pieces of words), each with a number, its ID. A model
+# computes with vectors, so each ID picks one: that row of a table. With vectors of two numbers,
 #
 #     table = [[0.3, 1.2],     the token IDs  2 0 2  become  [[0.4, 0.7],
 #              [0.9, 0.1],                                    [0.3, 1.2],
 #              [0.4, 0.7]]                                    [0.4, 0.7]]
 #
 # The numbers begin at random and are learned like all others; tokens that are used alike end up
-# with similar rows. A second table has a row per position, which is added: without it, "dog bites
-# man" and "man bites dog" would be the same to what follows. Book sections 2.7 and 2.8.
+# with similar rows. A second table has a row per position, added to the token's: without it, "dog
+# bites man" and "man bites dog" would look the same to attention. Book sections 2.7 and 2.8.
 
 # ---------------------------------------------------------------------------------------------
 # Attention, from its idea to many heads. Each rung of this ladder adds one thing; the model uses
 # the last one, MultiHeadAttention.
 
 def attention_without_weights(x):
-    """The idea. x (T, C) -> (T, C): each token becomes a mean of all, its likes weighing most.
+    """The idea: each token becomes a mean of all, the similar ones weighing most. (T, C) -> (T, C).
 
     Nothing is learned yet, so a token always attends to what resembles it. A verb could not look
     for its subject. Book section 3.3.
@@ -91,10 +91,11 @@ def attention_without_weights(x):
 
 
 class SelfAttention_v1(nn.Module):
-    """One head, with bare matrices. x (T, d_in) -> (T, d_out). Section 3.4.
+    """One head: a query, a key and a value matrix. x (T, d_in) -> (T, d_out). Section 3.4.
 
     Each token asks a question (query); each token offers a label (key) and a content (value).
-    The better a key answers the query, the more of its value flows into the context vector.
+    The better a key answers the query, the more of its value flows into the output, which is also
+    called the context vector.
     """
 
     def __init__(self, d_in, d_out):
@@ -109,8 +110,8 @@ class SelfAttention_v1(nn.Module):
         values = x @ self.W_value
         attn_scores = queries @ keys.T                           # (T, T): each query with each key
 
-        # Long vectors give large scores, and the softmax of those is nearly all 0 and 1, where it
-        # hardly learns. Dividing by the root of the width keeps them small.
+        # Wide vectors give large scores, whose softmax is nearly all 0 and 1, with almost no
+        # gradient. Dividing by the root of the width keeps them small.
         attn_weights = torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)
         return attn_weights @ values                             # (T, d_out)
 
@@ -138,7 +139,7 @@ class CausalAttention(SelfAttention_v2):
     before the softmax is the same in one step, as e to minus infinity is 0.
 
     Dropout zeroes a random share of the weights in training, and only there, so that no token can
-    rely on a single other one; the rest are divided by what is left, which keeps the mean.
+    rely on a single other one; the rest are divided by the share kept, which keeps the mean.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, qkv_bias=False):
@@ -147,7 +148,7 @@ class CausalAttention(SelfAttention_v2):
 
         # True above the diagonal: the keys that lie in the future of a query.
         mask = torch.ones(context_length, context_length, dtype=torch.bool).triu(diagonal=1)
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask)  # moves with the model, is not trained
 
     def forward(self, x):
         T = x.shape[1]
@@ -202,7 +203,7 @@ class MultiHeadAttention(nn.Module):
         keys = self.split_heads(self.W_key(x))
         values = self.split_heads(self.W_value(x))
 
-        # With a cache, the tokens read before have keys and values too.
+        # A KVCache (see generation; skip it at first) adds the keys and values of earlier tokens.
         if cache is not None:
             keys, values = cache.extend(layer, keys, values)
 
@@ -232,14 +233,14 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         # In one call:  (x - mean) / sqrt(variance + 1e-5) * scale + shift,
-        # where mean = x.mean(-1) and variance = x.var(-1, unbiased=False).
+        # where mean = x.mean(-1, keepdim=True), variance = x.var(-1, unbiased=False, keepdim=True).
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
 
 
 class GELU(nn.Module):
-    """A soft switch: large numbers pass, very negative ones become 0. Hendrycks & Gimpel 2016.
+    """A soft switch: positive numbers pass, very negative ones become 0 (Hendrycks & Gimpel 2016).
 
-    Without something between two linear layers that is not linear, both would be one. Section 4.3.
+    Two linear layers with nothing nonlinear between them would be one. Section 4.3.
     """
 
     def forward(self, x):
@@ -262,8 +263,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to its input. (B, T, C) -> (B, T, C). Section 4.5.
 
-    Adding to a shortcut lets gradients reach the first block unweakened; normalising before each
-    part rather than after it ("pre-norm") keeps deep stacks trainable.
+    Adding the input back (the shortcut) lets gradients reach the first block unweakened;
+    normalising before each part rather than after it ("pre-norm") keeps deep stacks trainable.
     """
 
     def __init__(self, cfg):
@@ -282,7 +283,7 @@ class TransformerBlock(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """Token IDs (B, T) -> logits (B, T, V): at each position, a score for every next token.
+    """Token IDs (B, T) -> logits (B, T, V): at each position, a score for each possible next token.
 
     A softmax turns logits, which may be any numbers, into probabilities. Section 4.6. Raises
     ValueError for more than `context_length` tokens. Example:
@@ -309,9 +310,10 @@ class GPTModel(nn.Module):
 
     def hidden_states(self, in_idx, cache=None):
         """(B, T) token IDs -> (B, T, C), what out_head reads. `cache` holds the tokens before."""
-        T, longest = in_idx.shape[1], self.cfg["context_length"]
-        if T + (cache.longest if cache else 0) > longest:
-            raise ValueError(f"{T} tokens do not fit the model's context of {longest}")
+        T, context = in_idx.shape[1], self.cfg["context_length"]
+        total = T + (cache.longest if cache else 0)
+        if total > context:
+            raise ValueError(f"{total} tokens do not fit the model's context of {context}")
         positions = cache.begin(T) if cache else torch.arange(T, device=in_idx.device)
 
         # What the token is, plus where it stands.
@@ -352,8 +354,8 @@ def walk():
             ("together", [model])]:
         number = sum(p.numel() for module in modules for p in module.parameters())
         print(f"  {name:40s} {number:>12,} {100 * number / total:5.1f} %")
-    print(f"  memory: {total * 4 / 1e6:.0f} MB to use it in float32, {total * 16 / 1e6:.0f} MB to\n"
-          "  train it (weights, gradients and AdamW's two averages)")
+    print(f"  memory: {total * 4 / 1e6:.0f} MB to use it in float32, and at least\n"
+          f"  {total * 16 / 1e6:.0f} MB to train it (weights, gradients and AdamW's two averages)")
 
     def show(what, t, note):
         print(f"  {what:28s} {str(tuple(t.shape)):16s} {note}")
@@ -387,18 +389,18 @@ def walk():
 # Generation: predict, choose, append, repeat.
 
 def text_to_token_ids(text, tokenizer):
-    """Text -> (1, T) token IDs; `<|endoftext|>` in the text is the special token. Section 5.1."""
+    """Text -> (1, T) token IDs; `<|endoftext|>` is the token between documents. Section 5.1."""
     return torch.tensor([tokenizer.encode(text, allowed_special="all")])
 
 
 def token_ids_to_text(token_ids, tokenizer):
     """(1, T) or (T,) token IDs -> text. Section 5.1."""
-    # A model may have more rows than the tokenizer has tokens; those stand for no text.
+    # A model may have more IDs than the tokenizer; those stand for no text.
     return tokenizer.decode([i for i in token_ids.flatten().tolist() if i < tokenizer.n_vocab])
 
 
 def generate_text_simple(model, idx, max_new_tokens, context_size):
-    """The loop one would explain first: always the likeliest token. (B, T) -> (B, T + n).
+    """The simplest loop: always the likeliest token. (B, T) -> (B, T + n).
 
     Section 4.7. It reads the whole text again for every new token; `generate` does not.
     """
@@ -433,7 +435,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def sample_next(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
-    """Logits (B, V) -> next tokens (B,). Temperature 0 takes the likeliest, without chance."""
+    """Logits (B, V) -> next tokens (B,). Temperature 0 takes the likeliest."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     probs = next_token_probs(logits, temperature, top_k, top_p)
@@ -445,7 +447,7 @@ class KVCache:
 
     A token's key and value never change, as it sees only what is before it; so a new token needs
     its own query, key and value, and those kept here: (B, H, max_length, D) for each layer.
-    `lengths` (B,) are the rows' tokens; prompts of different lengths are padded at the right.
+    `lengths` (B,) counts each row's tokens; prompts of different lengths are padded at the right.
     """
 
     def __init__(self, model, batch_size, max_length):
@@ -470,6 +472,7 @@ class KVCache:
 
     def extend(self, layer, keys, values):
         """Store (B, H, T, D) new keys and values; return those of all tokens so far."""
+        # subtle: with a slice between two index tensors, their shape comes first: (B, T, H, D).
         self.keys[layer][self.rows, :, self.positions] = keys.transpose(1, 2)
         self.values[layer][self.rows, :, self.positions] = values.transpose(1, 2)
         return self.keys[layer][:, :, :self.longest], self.values[layer][:, :, :self.longest]
@@ -478,7 +481,7 @@ class KVCache:
 @torch.no_grad()
 def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None,
                     eos_id=None, top_p=None, lengths=None, seed=None):
-    """Yield the next tokens (B,) of each row as they come; arguments as in `generate`."""
+    """Yield each row's next token, (B,), step by step. Read it first with B = 1, lengths = [T]."""
     if idx.numel() == 0:
         raise ValueError("the prompt is empty; give at least one token, such as <|endoftext|>")
     k_fits = top_k is None or top_k >= 1
@@ -506,7 +509,7 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
                 hidden = model.hidden_states(text.gather(1, window))[rows, lengths - first - 1]
             elif longest == T:          # the prompts, in one pass
                 hidden = model.hidden_states(idx, cache)[rows, lengths - 1]
-                cache.lengths = lengths
+                cache.lengths = lengths  # padding does not count
             else:                       # only the token that came last
                 hidden = model.hidden_states(idx_next[:, None], cache)[:, -1]
             logits = model.out_head(hidden)                       # (B, V)
@@ -532,9 +535,9 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
     """Continue each row of token IDs: (B, T) -> (B, T + n), n <= max_new_tokens. Section 5.3.
 
     Temperature 0 gives the tokens of `generate_text_simple`; `next_token_probs` explains the other
-    choices, `seed` makes them repeatable. A row that produced `eos_id` is filled with it; when all
-    have, generation ends. Prompts of different lengths are padded at the right, their `lengths`
-    (B,) given. Raises ValueError for an empty prompt or an option out of its range.
+    choices, `seed` makes them repeatable. A row that produced `eos_id` (the end of text) is filled
+    with it; when all have, generation ends. Prompts of different lengths are padded at the right,
+    their `lengths` (B,) given. Raises ValueError for an empty prompt or an option out of its range.
     """
     new = list(generate_stream(model, idx, max_new_tokens, context_size, temperature, top_k,
                                eos_id, top_p, lengths, seed))
@@ -549,8 +552,8 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
 class LoRALayer(nn.Module):
     """x (..., in_dim) -> x A B * alpha / rank (..., out_dim).
 
-    The matrix B starts at zero, and so does the correction. Dividing by the rank keeps its size,
-    and the best learning rate, about the same when the rank is changed.
+    B starts at zero, so the correction does too; alpha sets its size. Dividing by the rank keeps
+    size and best learning rate about the same when the rank is changed.
     """
 
     def __init__(self, in_dim, out_dim, rank, alpha):
@@ -577,7 +580,7 @@ class LinearWithLoRA(nn.Module):
 
 
 def replace_linear_with_lora(model, rank, alpha):
-    """Wrap every linear layer inside `model`, in place; freeze what it had before you call it.
+    """Wrap every linear layer inside `model`, in place; freeze its parameters first.
 
     A layer that shares its matrix with an embedding, as a tied head does, is left alone: merging
     would change the embedding too.
@@ -884,7 +887,7 @@ VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b3
 def download(urls, path, sha256=None, timeout=30):
     """Make sure that the file `path` is there; return it as a Path.
 
-    Unless it is, each address is tried in turn, into PATH.part, which a later call goes on with;
+    Unless it is, each address is tried in turn, into PATH.part, which a later call continues;
     length and SHA-256 (given, or announced by Hugging Face's hub) are checked before the file gets
     its name. `timeout`: seconds without a byte. Raises UserError with each address and its reason.
     """
@@ -894,7 +897,7 @@ def download(urls, path, sha256=None, timeout=30):
     path.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     for url in urls:
-        # An address that still moves is asked again.
+        # An address is asked again while it still delivers bytes.
         before = -1
         while part.stat().st_size != before:
             before = part.stat().st_size
@@ -915,7 +918,7 @@ def download(urls, path, sha256=None, timeout=30):
 
 
 def fetch(url, part, sha256, timeout):
-    """One attempt of `download`. Raises requests.RequestException; wrong content goes."""
+    """One attempt of `download`. Raises requests.RequestException; wrong content is deleted."""
     have = part.stat().st_size
     headers = {"Accept-Encoding": "identity",  # so that lengths count the file's own bytes
                "Range": f"bytes={have}-" if have else None}
@@ -1031,7 +1034,7 @@ def run_main(main):
         status = 1
     except (UserError, OSError) as e:
         status, message = 1, str(e)
-    except (RuntimeError, MemoryError) as e:  # of these, the user can mend a lack of memory only
+    except (RuntimeError, MemoryError) as e:  # the user can only mend a lack of memory
         if not any(words in repr(e) for words in ("OutOfMemory", "MemoryError", "allocate memory")):
             raise
         status, message = 1, "out of memory; choose a smaller model or a smaller batch"
@@ -1159,7 +1162,7 @@ def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
             raise UserError(f"{out} is no checkpoint of this project; choose another --out, or "
                             "move it away") from None
         if args.resume and not beside(out, "-resume.pt").exists():
-            say(f"{out} is complete: there is nothing to go on with")
+            say(f"{out} is complete: there is no {beside(out, '-resume.pt').name} to go on with")
             sys.exit()
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()
@@ -1211,9 +1214,9 @@ class TrainingRun:
 
     --out gets the model that was best on the validation data, OUT-resume.pt the newest state (until
     the run is complete), OUT.csv and OUT.png the metrics. A run that is stopped or killed, and then
-    resumed, ends with the very weights of one that never was: a step's random numbers follow from
-    seed and step. `settings` identifies what the command line only names, such as data. The loop:
-    `for step in run.steps(evaluate): ...; run.record(loss, num_tokens)`.
+    resumed, ends with the same weights as an uninterrupted one (on a CPU): a step's random numbers
+    follow from seed and step. `settings` identifies what the command line only names, such as data.
+    The loop: `for step in run.steps(evaluate): ...; run.record(loss, num_tokens)`.
     """
 
     def __init__(self, args, model, tokenizer, optimizers, per_epoch, settings, **extras):
@@ -1221,7 +1224,7 @@ class TrainingRun:
         self.device = model.tok_emb.weight.device
         self.resume_file = beside(args.out, "-resume.pt")
         self.save_best = lambda: save_checkpoint(args.out, model, tokenizer, **extras)
-        self.tokens, self.seconds = 0, 1e-9  # of this sitting
+        self.tokens, self.seconds = 0, 1e-9  # since this start
         self.total_steps = min((args.epochs or math.inf) * per_epoch, args.max_steps or math.inf)
         self.settings = {name: str(value) for name, value in {**vars(args), **settings}.items()
                          if name not in ("out", "resume", "device")}
@@ -1449,7 +1452,7 @@ def main(argv=None):
     arg("--head", type=int, help="which head, from 0; default: the mean of all")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
-    if args.checkpoint is None and args.prompt is None:
+    if args.checkpoint is None and args.prompt is None and not args.explain:
         return walk()
 
     # Load, then explain or write.

@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2 weights in, instead of pretraining; and any checkpoint out, to other software.
+"""Load OpenAI's GPT-2 weights instead of pretraining, or export a checkpoint to other software.
 
     python load_gpt2.py                       fetch GPT-2 124M (550 MB) -> checkpoints/gpt2-124M.pt
     python load_gpt2.py --size 355M           or 774M, 1558M: better text, slower
@@ -31,9 +31,10 @@ from gpt import (
 
 # ---------------------------------------------------------------------------------------------
 # Who is who: each array's name in TensorFlow, on the hub, in llama.cpp's GGUF, and in our model.
-# The first two store a linear layer's matrix as (in, out), torch stores (out, in); and all three
-# keep the query, key and value layers side by side in one matrix c_attn (C, 3 C). OpenAI's models
-# score with the matrix that they embed with, wte; a model that is not tied so has a head as well.
+# In TensorFlow's names w is a matrix, b a bias or shift, g a scale. A linear layer's matrix is
+# (in, out) in the first two, as in the shapes below, and (out, in) in the last two. All but our
+# model join query, key and value in one matrix. OpenAI's models are tied: they embed and score with
+# the same matrix, wte. An untied model also has an output layer.
 
 TOP_NAMES = [
     ("wte", "wte.weight", "token_embd.weight", ["tok_emb.weight"]),                    # (V, C)
@@ -82,7 +83,7 @@ def make_model(cfg, n_layers, array):
                 weights[name] = torch.from_numpy(np.array(piece, dtype=np.float32, order="C"))
         weights.setdefault("out_head.weight", weights["tok_emb.weight"])
 
-        with shapes_only():
+        with shapes_only():  # no memory yet: assign=True puts our tensors in
             model = GPTModel(cfg)
         model.load_state_dict(weights, assign=True)
         return model
@@ -98,7 +99,8 @@ def load_local(path):
     Raises UserError for anything else. Example: model = load_local("data/gpt2/124M")
     """
     path, cfg, places = read_gpt2(path)
-    # The file is mapped anew for each array, so that only the finished model takes memory.
+    # places: {TensorFlow's name: (dtype, shape, offset in the file)}. np.memmap reads from disk on
+    # use; a new one for each array leaves only the finished model in memory.
     return make_model(cfg, cfg["n_layers"], lambda tf_name: read_array(
         np.memmap(path, np.uint8, "r"), *places[tf_name])).eval()
 
@@ -119,7 +121,7 @@ def load_weights_into_gpt(gpt, params):
 def branch(params, tf_name):
     """The dictionary in the book's tree that holds an array.
 
-    Example: "h3/mlp/c_fc/w" is params["blocks"][3]["mlp"]["c_fc"]["w"], "ln_f/g" is params["g"]
+    Example: for "h3/mlp/c_fc/w" it is params["blocks"][3]["mlp"]["c_fc"], for "ln_f/g" params
     """
     *parts, _ = tf_name.removeprefix("ln_f/").split("/")
     node = params["blocks"][int(parts[0][1:])] if parts else params
@@ -129,10 +131,10 @@ def branch(params, tf_name):
 
 
 # ---------------------------------------------------------------------------------------------
-# The two formats. Each reader checks where the arrays lie, before a number is read, and returns
-# {name: (dtype, shape, offset in bytes)}. `read_gpt2` makes a sentence of what they raise.
+# The two formats. Each reader checks where the arrays lie, before it reads any weights, and returns
+# {name: (dtype, shape, offset in bytes)}. `read_gpt2` turns their exceptions into a UserError.
 
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # BF16: `read_array` converts it
 LONGEST_HEADER = 1 << 20  # bytes, so that a bad file costs little; GPT-2 1558M needs a tenth of it
 
 
@@ -148,7 +150,7 @@ def read_safetensors(path):
     places = {}
     for name, entry in json.loads(data[8:start].tobytes()).items():
         if entry.get("dtype") not in DTYPES:
-            continue  # the metadata, or an attention mask in bytes
+            continue  # the metadata, or attention masks in bytes
 
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         begin, end = entry["data_offsets"]
@@ -187,8 +189,8 @@ def read_array(data, dtype, shape, offset):
     return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "<u2" else array
 
 
-# What config.json may say, as another model would load without a complaint and write nonsense; and
-# our names of the sizes, with OpenAI's.
+# The settings that are allowed (with others a model would load without an error and write
+# nonsense); then our names of the sizes, with OpenAI's.
 ALLOWED = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
            "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True],
            "scale_attn_by_inverse_layer_idx": [False]}
@@ -215,11 +217,12 @@ def read_config(path, hub):
         V, C = hub["wte.weight"][1]
         T, _ = hub["wpe.weight"][1]
         L = len({name.split(".")[1] for name in hub if name.startswith("h.")})
-        config = {"n_head": C // 64, "n_layer": L, **config, "n_vocab": V, "n_ctx": T, "n_embd": C}
+        heads = C // 64 if C % 64 == 0 else 0
+        config = {"n_head": heads, **config, "n_layer": L, "n_vocab": V, "n_ctx": T, "n_embd": C}
     sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
     whole = all(type(n) is int and 0 < n < 10**6 for n in sizes.values())
     if not whole or sizes["emb_dim"] % sizes["n_heads"]:
-        raise ValueError(f"its sizes are {sizes}, and each head gets emb_dim / n_heads numbers")
+        raise ValueError(f"sizes must be whole, emb_dim a multiple of n_heads, not {sizes}")
     return {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True, "tie_embeddings": tied, **sizes}
 
 
@@ -240,7 +243,7 @@ def read_gpt2(path):
             return path, cfg, read_tensorflow(path, cfg)
         names = weight_names(cfg["n_layers"], cfg["tie_embeddings"])
         return path, cfg, {tf_name: hub[hub_name] for tf_name, hub_name, _, _ in names}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         reason = f"it lacks {e}" if isinstance(e, KeyError) else e
         raise UserError(f"{path} is not a complete GPT-2 ({reason}); fetch it again, and the .json "
                         "file that belongs to it") from None
@@ -254,7 +257,7 @@ PROMPT = "Every effort moves you"
 
 @torch.no_grad()
 def calc_text_loss(model, tokenizer, text):
-    """The mean loss on a text, in nats per token, in windows of 256 tokens, as in section 5.1."""
+    """The mean loss in nats per token on a text's first 32 windows of 256 tokens. Section 5.1."""
     token_ids = text_to_token_ids(text, tokenizer)[0]
     T = min(256, model.cfg["context_length"], len(token_ids) - 1)
     B = min((len(token_ids) - 1) // T, 32)
@@ -324,7 +327,7 @@ def download_and_load_gpt2(model_size, models_dir):
 def find_tokenizer(folder, vocab_size):
     """The tokenizer in a folder's tokenizer.json, else GPT-2's. Raises UserError.
 
-    A byte-pair vocabulary is listed as it was learnt, so its beginning serves a smaller model.
+    Byte-pair tokens are in the order they were learned, so a smaller model takes the first ones.
     """
     path = folder / "tokenizer.json"
     try:

@@ -2,7 +2,7 @@
 
     python pretrain.py                                   two minutes on a laptop, nothing downloaded
     python pretrain.py --data my_texts/ --out checkpoints/mine.pt
-    python pretrain.py --preset verdict                  the book's run (chapter 5)
+    python pretrain.py --preset verdict                  Raschka's run (his book's chapter 5)
     python pretrain.py --preset gpt2 --data corpus/ --device cuda
     torchrun --nproc-per-node 2 pretrain.py              the same run, shared by two processes
 
@@ -36,7 +36,7 @@ from gpt import (
 # ---------------------------------------------------------------------------------------------
 # The data. Predicting the next token needs no labels: the text itself says what comes next. Each
 # position of a row is one exercise: all tokens up to it are given, the one after it is the answer.
-# The tokens  In the heart of  make three:  In -> the,  In the -> heart,  In the heart -> of.
+# "In the heart of" makes three:  In -> the,  In the -> heart,  In the heart -> of.
 
 class GPTDatasetV1(TensorDataset):
     """Text -> pairs (input, target) of `max_length` tokens, one every `stride`. Book section 2.6.
@@ -48,7 +48,7 @@ class GPTDatasetV1(TensorDataset):
         tokens = text_to_token_ids(txt, tokenizer)[0]
         if len(tokens) <= max_length:
             raise ValueError(f"{len(tokens)} tokens of text, but at least {max_length + 1} needed")
-        super().__init__(tokens[:-1].unfold(0, max_length, stride),   # (rows, T), a view: no copies
+        super().__init__(tokens[:-1].unfold(0, max_length, stride),   # windows (rows, max_length)
                          tokens[1:].unfold(0, max_length, stride))
 
 
@@ -72,7 +72,7 @@ def create_dataloader_v1(txt, batch_size=4, max_length=256, stride=128, shuffle=
 
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Mean cross-entropy of a batch in nats per token, a tensor to call backward() on. 5.1.3."""
-    logits = model(input_batch.to(device))                            # (B, T, V)
+    logits = model(input_batch.to(device))  # (B, T, V); cross_entropy makes them probabilities
     return F.cross_entropy(logits.flatten(0, 1), target_batch.to(device).flatten())
 
 
@@ -94,7 +94,7 @@ def evaluate_model(model, train_loader, val_loader, device, eval_iter):
 
 
 def generate_and_print_sample(model, tokenizer, device, start_context):
-    """Print how the model continues `start_context`, 50 tokens, greedily. Section 5.2."""
+    """Print 50 tokens that continue `start_context`, always the likeliest. Section 5.2."""
     model.eval()
     idx = text_to_token_ids(start_context, tokenizer).to(device)
     ids = generate_text_simple(model, idx, 50, context_size=model.pos_emb.weight.shape[0])
@@ -110,14 +110,14 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
     for epoch in range(num_epochs):
         model.train()
         for input_batch, target_batch in train_loader:
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # as backward() adds to the gradients that are there
             loss = calc_loss_batch(input_batch, target_batch, model, device)
-            loss.backward()   # how would the loss change with each weight?
-            optimizer.step()  # change each weight so that it falls
+            loss.backward()        # how would the loss change with each weight?
+            optimizer.step()       # change each weight so that the loss falls
             tokens_seen += input_batch.numel()
             global_step += 1
 
-            # Now and then, look how far it is.
+            # Now and then, measure both losses.
             if global_step % eval_freq == 0:
                 losses = evaluate_model(model, train_loader, val_loader, device, eval_iter)
                 train_losses.append(losses[0])
@@ -161,7 +161,7 @@ PRESETS = {
                 "batch_size": 2, "epochs": 10, "max_steps": None, "lr": 4e-4, "warmup_steps": 0,
                 "final_lr_share": 1.0, "clip": None, "eval_every": 18,
                 "prompt": "Every effort moves you"},
-    # GPT-2's recipe (Radford et al. 2019; Brown et al. 2020, appendix B) for your own large text.
+    # GPT-2's size, GPT-3's recipe (Brown et al. 2020, appendix B), for your own large text.
     "gpt2": {**QUICK, **GPT_CONFIG_124M, "drop_rate": 0.0, "tokenizer": "gpt2",
              "init_weights": "gpt2", "optimizer": "adamw", "batch_size": 8, "grad_accum": 8,
              "epochs": 1, "max_steps": None, "lr": 6e-4, "warmup_steps": 200,
@@ -172,11 +172,12 @@ CONTINUE = {"optimizer": "adamw", "lr": 1e-4, "warmup_steps": 50, "clip": 1.0}
 
 
 def init_gpt2_weights(model, std, sines=False):
-    """GPT-2's initial values: normal, `std` wide (Radford et al. 2019, section 2.3).
+    """GPT-2's initial values: normal, `std` wide.
 
-    All blocks together add 2 n_layers times to the shortcut: divided by the root of that, the sum
-    has one size at any depth. `sines` makes the positions waves of many lengths (Vaswani et al.
-    2017, section 3.5): neighbours look alike, and attention finds the token before at once.
+    Each block adds to the shortcut twice. The matrices that do are divided by the root of
+    2 n_layers, so the sum is equally large at any depth (Radford et al. 2019, section 2.3).
+    `sines` makes the positions waves of many lengths (Vaswani et al. 2017, section 3.5): neighbours
+    look alike, and attention soon finds the previous token.
     """
     for name, p in model.named_parameters():
         if p.ndim == 2:
@@ -195,10 +196,9 @@ def init_gpt2_weights(model, std, sines=False):
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, for the matrices inside the model. Jordan et al. 2024.
 
-    A gradient mostly points in few directions. Muon averages gradients over steps (momentum), then
-    gives all directions one length, so rare ones are learned as fast as common ones: a loss of 1.49
-    after 400 steps of the quick preset with 4 blocks, with AdamW 2.02. torch.optim.Muon always
-    computes in bfloat16, which many CPUs only emulate.
+    A gradient matrix mostly points in few directions. Muon averages gradients over steps
+    (momentum). Then it gives all directions one length. So what is rare is learned as fast as what
+    is common. torch.optim.Muon does the same, but in bfloat16, which many CPUs only emulate.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
@@ -214,12 +214,14 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["average"] = torch.zeros_like(p)
                 average = self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
                 update = self.orthogonal(p.grad.lerp(average, group["momentum"]))
+
+                # Weight decay, then the step; tall matrices take longer ones.
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
     def orthogonal(self, update):
-        """Bring all singular values near 1: a polynomial of the matrix, applied five times."""
-        X = update.to(self.dtype) / (update.norm() + 1e-7)
+        """Give all directions a length (singular value) near 1: five times a polynomial."""
+        X = update.to(self.dtype) / (update.norm() + 1e-7)  # no length is above 1
         tall = X.shape[0] > X.shape[1]
         X = X.T if tall else X
         for _ in range(5):
@@ -231,8 +233,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, optimizer, lr, weight_decay, dtype):
     """A list of optimizers that together hold every parameter.
 
-    Weight decay pulls numbers to zero, so that only those grow large which the data needs. Biases,
-    norms and embeddings have no reason to be near zero (the book lets everything decay).
+    Weight decay pulls numbers to zero, so that only those the data needs grow large. Biases, norms
+    and embeddings have no reason to be near zero (the book lets everything decay).
     """
     if optimizer == "adamw, book":
         return [AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)]
@@ -258,11 +260,12 @@ def lr_factor(step, total_steps, warmup_steps, final_lr_share):
 
 
 def train_model(model, train_rows, run, optimizers, args, device, dtype, evaluate):
-    """The loop that runs. `run` (gpt.py) seeds each step, evaluates, saves, resumes.
+    """The loop that runs. `run` (gpt.py) shuffles the rows, evaluates without dropout, saves.
 
     Accumulation: a large batch gives steadier gradients but may not fit in memory, so the gradients
-    of `grad_accum` batches add up. All have the same number of targets, so loss / grad_accum makes
-    the sum that of one large batch. Clipping: a rare, very long gradient throws the weights off.
+    of `grad_accum` batches add up. All have the same number of targets, so loss / grad_accum gives
+    the gradient of one large batch. Clipping shortens the rare, very long gradient that would throw
+    the weights off.
     """
     rank, world = process_number()
     wrapped = torch.compile(model) if args.compile else model
@@ -272,14 +275,16 @@ def train_model(model, train_rows, run, optimizers, args, device, dtype, evaluat
     for step in run.steps(evaluate):
         # The learning rate of this step.
         factor = lr_factor(step, run.total_steps, args.warmup_steps, args.final_lr_share)
-        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                peak = group.setdefault("initial_lr", group["lr"])  # is stored at the first step
+                group["lr"] = factor * peak
 
-        # Gradients, a batch at a time. Each process reads its share; the last batch joins them.
+        # Gradients, a batch at a time. Each process reads its share of the batch.
         step_loss = 0.0
         batches = np.split(run.rows_of_step(step, len(train_rows)), args.grad_accum)
         for i, rows in enumerate(batches):
-            if world > 1:
+            if world > 1:  # gradients are exchanged at the last batch only
                 wrapped.require_backward_grad_sync = i == args.grad_accum - 1
             inputs, targets = train_rows.batch(rows[rank::world], device)
             with autocast(device, dtype):
@@ -327,7 +332,7 @@ def find_documents(preset, data):
 def tokens_on_disk(documents, stamp, tokenizer):
     """Write all documents as token IDs, each closed by `<|endoftext|>` -> (path, dtype).
 
-    Once, piece by piece; the name depends on text and tokenizer. The four newest files are kept.
+    Once, piece by piece; the name depends on text and tokenizer. The four files last used are kept.
     """
     path = Path("data") / f"tokens-{fingerprint(stamp, tokenizer_to_spec(tokenizer))}.bin"
     dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
@@ -336,6 +341,7 @@ def tokens_on_disk(documents, stamp, tokenizer):
         with write_atomically(path) as part, open(part, "wb") as file:
             for document in documents:
                 for piece in document:
+                    # Special tokens in the text count as plain text.
                     ids = tokenizer.encode_to_numpy(piece, disallowed_special=())
                     ids.astype(dtype).tofile(file)
                     progress.update(file.tell() / dtype.itemsize / 1e6, "turning text into tokens")
@@ -416,7 +422,7 @@ def evaluate_rows(model, rows, tokenizer, args, device, dtype):
     nats, num_bytes = sum_over_processes([nats, num_bytes], device)
     loss = nats / (count * rows.T)
 
-    # What the model writes, at temperature 0.8: the likeliest text would repeat itself.
+    # What the model writes, drawn at temperature 0.8: always the likeliest would repeat itself.
     idx = text_to_token_ids(args.prompt, tokenizer).to(device)
     ids = generate(model, idx, 100, rows.T, 0.8, seed=args.seed, eos_id=tokenizer.eot_token)
     return {"val_loss": loss, "perplexity": math.exp(min(loss, 99)),
@@ -468,7 +474,7 @@ def parse_arguments(argv):
 
     if given.data:
         defaults["prompt"] = None
-    if given.epochs or given.max_steps:  # whoever asks for one of them gets all of it
+    if given.epochs or given.max_steps:  # a given one replaces both of the preset's
         defaults.update(epochs=None, max_steps=None)
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)

@@ -4,9 +4,10 @@
     python tokenizer.py train data/the-verdict.txt --vocab-size 1024 --out checkpoints/my.tiktoken
     python tokenizer.py encode --tokenizer checkpoints/my.tiktoken "It was not till later"
 
-A model computes with numbers, so text becomes a list of token IDs first and comes back from one at
-the end. Follows the book, chapter 2; byte-pair encoding is from Sennrich et al. 2016 (arXiv
-1508.07909), on bytes from GPT-2 (Radford et al. 2019). Left out: unigram, WordPiece, Unicode forms.
+A model computes with numbers, so text is first turned into token IDs, and IDs into text at the end.
+Follows *Build a Large Language Model (From Scratch)*, chapter 2. Byte-pair encoding: Gage 1994; for
+words, Sennrich et al. 2016 (arXiv 1508.07909); on bytes, GPT-2 (Radford et al. 2019). Left out:
+unigram, WordPiece, normalization.
 """
 
 import base64
@@ -18,13 +19,13 @@ from functools import lru_cache
 from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
 
-import regex
+import regex  # like re, but knows \p{L}, any letter
 
 from gpt import (GPT2_SPLIT_PATTERN, VOCAB_BPE, ArgumentParser, Progress, UserError,
                  load_tokenizer, positive_int, read_gpt2_ranks, read_rank_file, read_text_pieces,
                  run_main, say, write_atomically)
 
-END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"
+END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"  # between documents; for unknown words
 BYTES = {bytes([i]): i for i in range(256)}  # the first 256 tokens, each with its ID
 
 
@@ -64,7 +65,7 @@ class SimpleTokenizerV1:
         return [self.str_to_int[word] for word in split_words(text)]
 
     def decode(self, ids):
-        """IDs -> text; white space is lost, and put back by rule. KeyError for an unknown ID."""
+        """IDs -> text: a space between words, none before most marks. Raises KeyError."""
         text = " ".join(self.int_to_str[i] for i in ids)
         return regex.sub(r"""\s+([,.:;?!"()'])""", r"\1", text)
 
@@ -113,11 +114,11 @@ def merge_once(ids, new_id):
 
 
 def train_simple(text, num_merges):
-    """The trainer one would explain first -> (merges [((left, right), count)], the text's IDs)."""
+    """The simplest trainer, without chunks -> (merges [((left, right), count)], the text's IDs)."""
     ids, merges = list(text.encode("utf-8")), []
     for new_id in range(256, 256 + num_merges):
         if len(ids) < 2:
-            break  # the whole text is one token
+            break  # nothing is left to merge
         pair, count, ids = merge_once(ids, new_id)
         merges.append((pair, count))
     return merges, ids
@@ -125,37 +126,38 @@ def train_simple(text, num_merges):
 
 # ---------------------------------------------------------------------------------------------
 # Chunks. A token like "dog." or "the cat" would waste the vocabulary on chance neighbours, so GPT-2
-# first cuts text into chunks and never merges across them. gpt.py has its pattern in one line:
+# first cuts text into chunks and never merges across them. Its pattern (in gpt.py), cut at each |,
+# with [ ] for a space:
 #
 #     '(?:[sdmt]|ll|ve|re)     the ending of a contraction:   's  'd  'm  't  'll  've  're
-#      ?\p{L}+                 letters, and the space before:  "the"  " cat"
-#      ?\p{N}+                 digits, and the space before:   " 1908"
-#      ?[^\s\p{L}\p{N}]+       other signs, and the space:     "..."  " ("
-#     \s+(?!\S)               white space up to the last one, which belongs to what follows
-#     \s+                     white space that is left, such as a line break
+#     [ ]?\p{L}+               letters, and the space before:  "the"  " cat"
+#     [ ]?\p{N}+               digits, and the space before:   " 1908"
+#     [ ]?[^\s\p{L}\p{N}]+     other signs, and the space:     "..."  " ("
+#     \s+(?!\S)               white space, without its last character if text follows
+#     \s+                     white space that is left: a line break or tab before text
 #
-# So only the distinct chunks matter, each with its count: that makes training fast.
+# Equal chunks merge equally, so training needs only the distinct ones, with their counts.
 
 def count_chunks(text, counts):
-    """Add the chunks of `text` to `counts`, {chunk: how often}, cut to 1,000 characters at most."""
+    """Add the chunks of `text` to `counts`, {chunk: how often}; long ones in pieces."""
     counts.update(chunk[i:i + 1000] for chunk in regex.findall(GPT2_SPLIT_PATTERN, text)
                   for i in range(0, len(chunk), 1000))
 
 
 # ---------------------------------------------------------------------------------------------
 # The fast trainer. Where `merge_once` looks at everything, this one visits only the chunks that
-# hold the best pair: 8,192 tokens from 1.4 MB take seconds or less instead of hours. It writes a
-# token as one character, the one whose number is the ID, and a chunk as a string of those, for
+# hold the best pair: 8,192 tokens from 1.4 MB take less than a second. It writes a
+# token as one character, the one whose number is the ID, and a chunk as a string of those, because
 # Python is fast at finding a pair of characters in a string and at putting another in its place.
 
 def learn_merges(chunk_counts):
     """{chunk as bytes: how often} -> (left, right, count) per new token, most frequent first."""
-    chars = {token: chr(i) for token, i in BYTES.items()}
-    tokens = {char: token for token, char in chars.items()}
+    tokens = {chr(i): token for token, i in BYTES.items()}
     chunks = [chunk.decode("latin-1") for chunk in chunk_counts]  # a character for each byte
     weights = list(chunk_counts.values())
 
-    # Count each pair, and note which chunks hold it.
+    # Count each pair, and note which chunks hold it. The queue keeps the smallest first, so counts
+    # are negative in it.
     counts, places = defaultdict(int), defaultdict(list)
     for n, chunk in enumerate(chunks):
         for pair in map("".join, pairwise(chunk)):
@@ -165,23 +167,20 @@ def learn_merges(chunk_counts):
     heapq.heapify(queue)
 
     while queue and queue[0][0]:  # until no pair is left that occurs
-        # The best pair comes first. If other merges took some of it, it has to queue again.
+        # The best pair comes first; if its count fell since it was queued, queue it again.
         count, pair = heapq.heappop(queue)
         if counts[pair] != -count:
             heapq.heappush(queue, (-counts[pair], pair))
             continue
 
-        # "abc" can arise as a + bc and as ab + c: it is one token.
         left, right = pair
-        token = tokens[left] + tokens[right]
-        if token not in chars:
-            chars[token] = chr(len(chars))
-            tokens[chars[token]] = token
-            yield tokens[left], tokens[right], -count
+        new = chr(len(tokens))
+        tokens[new] = tokens[left] + tokens[right]
+        yield tokens[left], tokens[right], -count
 
-        # Merge it in its chunks. With N for ab, "xaby" becomes "xNy": xa and by go, xN and Ny come.
-        new, arose = chars[token], set()
-        for n in places.pop(pair):
+        # Merge it in its chunks. With N for ab, "xaby" becomes "xNy": -"xa" -"by" +"xN" +"Ny".
+        arose = set()
+        for n in places.pop(pair):  # some no longer hold it: `while` skips them
             while pair in chunks[n]:
                 before, _, after = chunks[n].partition(pair)
                 chunks[n] = before + new + after
@@ -203,7 +202,7 @@ def learn_merges(chunk_counts):
 # replays it: of all neighbours in a chunk, those that form the token of lowest rank merge first.
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding: `decode(encode(text)) == text` for every text.
+    """Byte-level byte-pair encoding: `decode(encode(text)) == text` for any text.
 
     A new one knows the 256 bytes; `train`, `load` and `from_gpt2` give it a vocabulary. A token's
     ID is its rank; `<|endoftext|>` follows the last. The other scripts take it, too. Section 2.5.
@@ -216,20 +215,20 @@ class BPETokenizer:
     """
 
     def __init__(self, ranks=None, name="bytes"):
-        # The names are tiktoken's, as gpt.py reads both kinds of tokenizer.
+        # Named as in tiktoken, OpenAI's tokenizer library, so that gpt.py can use either.
         self.name = name
         self._pat_str = GPT2_SPLIT_PATTERN
         self._mergeable_ranks = ranks or dict(BYTES)
         self.eot_token = len(self._mergeable_ranks)
         self.n_vocab = self.eot_token + 1
         self._tokens = dict(enumerate([*self._mergeable_ranks, END_OF_TEXT.encode()]))
-        self._encode_chunk.cache_clear()  # what it remembers is of the ranks before
+        self._encode_chunk.cache_clear()  # it is shared by all tokenizers; the ranks changed
 
     def train(self, text, vocab_size):
         """Learn a vocabulary of `vocab_size` tokens, the bytes and the end of text included.
 
         `text` is a str or an iterable of str, read once and never held as a whole; cut it before
-        white space. Too small a text gives fewer tokens and a sentence on stderr. Raises UserError
+        white space. A text too small gives fewer tokens and a warning on stderr. Raises UserError
         for fewer than 257 tokens, UnicodeEncodeError as `encode` does.
         """
         if vocab_size < 257:
@@ -252,7 +251,7 @@ class BPETokenizer:
         self.__init__(ranks, f"bpe-{len(ranks) + 1}")
 
     def encode(self, text, allowed_special=frozenset(), disallowed_special=()):
-        """Text -> list of token IDs. `disallowed_special` is there for tiktoken's signature.
+        """Text -> list of token IDs. `disallowed_special` is ignored; tiktoken has it.
 
         `<|endoftext|>` in the text is plain text unless `allowed_special`, a set or "all", holds
         it. Raises UnicodeEncodeError for a lone surrogate, half a character, which has no UTF-8.
@@ -265,7 +264,7 @@ class BPETokenizer:
                 ids += self._encode_chunk(chunk)
         return ids
 
-    @lru_cache(1 << 16)  # words come back: the IDs of the latest are remembered
+    @lru_cache(1 << 16)  # chunks repeat: the IDs of recent ones are remembered
     def _encode_chunk(self, chunk):
         """The IDs of a chunk: merge the pair that makes the token of lowest rank; repeat."""
         ranks, tokens = self._mergeable_ranks, [bytes([byte]) for byte in chunk.encode("utf-8")]
@@ -281,7 +280,7 @@ class BPETokenizer:
         return b"".join(self._tokens[i] for i in ids)
 
     def decode(self, ids):
-        """IDs -> text. Bytes that are not UTF-8, half a character say, become U+FFFD."""
+        """IDs -> text. A token may hold part of a character: it becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path):
@@ -328,7 +327,7 @@ def walk():
     vocab = build_vocab(STORY)
     v1, v2 = SimpleTokenizerV1(vocab), SimpleTokenizerV2(vocab)
     print(f"A story of {len(STORY)} characters:\n\n  {STORY[:85]}...\n")
-    print(f"1. Words and marks, {len(vocab) - 2} different ones. Numbered, text is numbers:\n")
+    print(f"1. Words and marks, {len(vocab) - 2} different ones. Number them: text is numbers.\n")
     ids = v1.encode("The baker bakes better bread.")
     print(f"  V1  The baker bakes better bread.  ->  {ids}  ->  {v1.decode(ids)}")
 
