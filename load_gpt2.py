@@ -221,7 +221,7 @@ def read_config(path, hub):
         config = {"n_head": heads, **config, "n_layer": L, "n_vocab": V, "n_ctx": T, "n_embd": C}
     sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
     whole = all(type(n) is int and 0 < n < 10**6 for n in sizes.values())
-    if not whole or sizes["emb_dim"] % sizes["n_heads"]:
+    if not whole or sizes["n_layers"] > 1000 or sizes["emb_dim"] % sizes["n_heads"]:
         raise ValueError(f"sizes must be whole, emb_dim a multiple of n_heads, not {sizes}")
     return {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True, "tie_embeddings": tied, **sizes}
 
@@ -501,7 +501,7 @@ def export_gguf(model, tokenizer, template, path, quantize):
     """Write a GGUF file, all or nothing. Raises UserError."""
     if tokenizer._pat_str != GPT2_SPLIT_PATTERN:
         raise UserError("GGUF cannot say how this tokenizer splits text; export it as a folder")
-    if path.exists() and open(path, "rb").read(4) != b"GGUF":
+    if path.exists() and not path.read_bytes().startswith(b"GGUF"):
         raise UserError(f"{path} is there and is no GGUF file; choose another name")
 
     # The header says where each array begins: at a multiple of 32 bytes.

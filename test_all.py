@@ -172,6 +172,15 @@ class InFolder(unittest.TestCase):
 # gpt.py: the model
 
 class TestModel(unittest.TestCase):
+    def test_layer_norm_and_gelu_are_the_arithmetic_beside_them(self):
+        norm, x = gpt.LayerNorm(5), torch.randn(2, 3, 5)
+        norm.scale.data, norm.shift.data = torch.arange(5.0), torch.full((5,), 0.5)
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        expected = (x - mean) / torch.sqrt(var + 1e-5) * torch.arange(5.0) + 0.5
+        torch.testing.assert_close(norm(x), expected)
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)
+        torch.testing.assert_close(gpt.GELU()(x), 0.5 * x * (1 + torch.tanh(inner)))
+
     def test_the_ladder_gives_the_numbers_the_book_prints(self):
         x = torch.tensor([[0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64],  # "Your
                           [0.22, 0.58, 0.33], [0.77, 0.25, 0.10], [0.05, 0.80, 0.55]])  # journey
@@ -402,6 +411,20 @@ class TestTerminal(InFolder):
         ids = gpt.text_to_token_ids("abc\x1b[2J é", BYTES)
         probs = gpt.load_checkpoint("tiny.pt")[0](ids)[0, -1].softmax(dim=-1)
         self.assertIn(f"{probs.max().item():.1%}", out)
+        command = ["--checkpoint", "tiny.pt", "--explain", "--prompt", "long words " * 4]
+        done = subprocess.run([sys.executable, str(ROOT / "gpt.py"), *command], timeout=60,
+                              capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        self.assertIn(b"##", done.stdout)                 # plain shades where there is no UTF-8
+        tables = done.stdout.decode().split("likeliest")[1]
+        self.assertLessEqual(max(map(len, tables.split("\n"))), 80)
+
+    @unittest.skipUnless(Path("/dev/full").exists(), "needs /dev/full (Linux)")
+    def test_a_full_disk_behind_standard_output_is_a_sentence(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, str(ROOT / "gpt.py")], stdout=full,
+                                  stderr=subprocess.PIPE, text=True, timeout=60)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"\Agpt.py: .*No space left.*\n\Z")
 
 
 FILE = bytes(range(256)) * 800  # 204,800 bytes, and the answers of a server that has them
@@ -560,6 +583,11 @@ class TestTrainingRun(InFolder):
 # pretrain.py
 
 class TestPretraining(InFolder):
+    def test_token_files_of_texts_that_are_gone_do_not_pile_up(self):
+        for i in range(6):
+            pretrain.tokens_on_disk([["ab"]], i, BYTES)
+        self.assertEqual(len(list(Path("data").iterdir())), 4)
+
     def test_rows_are_windows_and_targets_are_moved_by_one(self):
         data = pretrain.GPTDatasetV1("abcdefgh", BYTES, max_length=3, stride=2)
         rows = [(bytes(x.tolist()), bytes(y.tolist())) for x, y in data]
@@ -829,6 +857,11 @@ class TestTokenizer(InFolder):
         with self.assertRaisesRegex(UserError, "not GPT-2's vocab.bpe"):
             gpt.load_tokenizer("gpt2")
 
+    def test_a_text_without_white_space_is_cut_into_equal_chunks(self):
+        counts = Counter()
+        tok.count_chunks("a" * 5_000_500, counts)
+        self.assertEqual(counts, {"a" * 1000: 5000, "a" * 500: 1})
+
     def test_the_walk_needs_no_file_and_the_commands_train_and_encode(self):
         self.assertIn("KeyError: 'pancakes'", self.ok("tokenizer.py"))
         out = self.ok("tokenizer.py train text.txt --vocab-size 280 --out my.tiktoken")
@@ -1086,7 +1119,8 @@ class TestLoadGPT2(InFolder):
         self.assertEqual((tensors, rounded), ({}, {}))
         self.assertEqual((keys["gpt2.block_count"], len(keys["tokenizer.ggml.tokens"]),
                           keys["tokenizer.ggml.eos_token_id"]), (L, V, 256))
-        for text in (keys["tokenizer.chat_template"], Path("m.Modelfile").read_text(encoding="utf-8")):
+        modelfile = Path("m.Modelfile").read_text(encoding="utf-8")
+        for text in (keys["tokenizer.chat_template"], modelfile):
             self.assertIn("<|assistant|>", text)
 
 
