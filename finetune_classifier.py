@@ -455,7 +455,7 @@ def read_labelled_texts(path, text_column=None, label_column=None):
 
     full = [(name, text) for name, text in examples if name and text.strip()]
     counts = Counter(name for name, _ in full)
-    found = ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+    found = ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())[:20])
     say(f"data     {path}: {len(full):,} texts, {found}\n"
         f"skipped  {len(examples) - len(full):,} without text or label")
 

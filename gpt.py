@@ -869,8 +869,8 @@ def load_checkpoint(path, device="cpu", kind="language model"):
     except UserError:
         raise
     except Exception as e:  # whatever a foreign or cut file makes of the lines above
-        reason = " ".join(repr(e).split())[:200]
-        raise UserError(f"{path} is not a checkpoint of this project, or was cut short ({reason}); "
+        reason = " ".join(str(e).split())[:150] or type(e).__name__
+        raise UserError(f"{path} is not the checkpoint that is needed, or is cut short ({reason}); "
                         f"make one with: python {maker}") from None
     return model.to(device).eval(), tokenizer, saved
 
