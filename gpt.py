@@ -238,7 +238,7 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """A soft switch: positive numbers pass, very negative ones become 0 (Hendrycks & Gimpel 2016).
+    """A soft switch: large numbers pass, very negative ones become 0 (Hendrycks & Gimpel 2016).
 
     Two linear layers with nothing nonlinear between them would be one. Section 4.3.
     """
@@ -580,7 +580,7 @@ class LinearWithLoRA(nn.Module):
 
 
 def replace_linear_with_lora(model, rank, alpha):
-    """Wrap every linear layer inside `model`, in place; freeze its parameters first.
+    """Wrap every linear layer inside `model`, in place; the caller has frozen its parameters.
 
     A layer that shares its matrix with an embedding, as a tied head does, is left alone: merging
     would change the embedding too.
@@ -941,12 +941,11 @@ def fetch(url, part, sha256, timeout):
         # Small reads: when the connection breaks off, what a read has not returned is lost.
         have = have if goes_on else 0
         total = have + int(response.headers.get("Content-Length", 0))
-        progress = Progress(total / 1e6, "MB")
-        with open(part, "ab" if have else "wb") as file:
+        with (open(part, "ab" if have else "wb") as file,
+              contextlib.closing(Progress(total / 1e6, "MB")) as progress):
             for block in response.iter_content(1 << 14):
                 have += file.write(block)
                 progress.update(have / 1e6, f"downloading {part.stem}")
-        progress.close()
 
     if have < total:
         raise requests.RequestException(f"{have} of {total} bytes came")
@@ -1148,7 +1147,7 @@ def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
     """Find out before the work, not after, that --out can be written and nothing is lost by it.
 
     Raises UserError when --out, or a file beside it, is one of the `inputs`, or --out is not ours;
-    OSError. With --resume, a complete run says so and that is all.
+    OSError. With --resume, if the run is complete, says so and exits.
     """
     out, inputs = args.out, {Path(path).resolve() for path in inputs if path}
     for path in [out, *(beside(out, ending) for ending in endings)]:
@@ -1230,7 +1229,7 @@ class TrainingRun:
                          if name not in ("out", "resume", "device")}
 
         # What changes as it runs; `losses` are those since the last evaluation.
-        self.state = {"step": 0, "losses": [], "rows": [], "best": [0, -math.inf]}
+        self.state = {"step": 0, "losses": [], "rows": []}
         if args.resume and self.resume_file.exists():
             self.load_state()
 
@@ -1241,7 +1240,7 @@ class TrainingRun:
             f"learning rate {args.lr:g}, {self.device}, {pick_dtype(args.dtype, self.device)}")
         if state["step"] == 0:
             self.evaluate(evaluate)
-        with ctrl_c_waits() as presses:
+        with ctrl_c_waits() as self.presses, contextlib.closing(progress):
             while state["step"] < self.total_steps:
                 torch.manual_seed(hash((args.seed, state["step"], process_number()[0])))
                 self.model.train()
@@ -1256,13 +1255,12 @@ class TrainingRun:
 
                 # Evaluate when it is due; save then, and after Ctrl-C.
                 due = state["step"] % args.eval_every == 0 or state["step"] == self.total_steps
-                [pressed] = sum_over_processes([len(presses)], self.device)
-                if due or pressed:
+                if due or self.pressed:
                     progress.close()
                     if due:
                         self.evaluate(evaluate)
                     self.save_state()
-                if pressed:
+                if self.pressed:
                     say(f"step {state['step']} is saved; go on with the same command and --resume")
                     raise KeyboardInterrupt
 
@@ -1273,15 +1271,16 @@ class TrainingRun:
         return shuffle(self.args.seed, epoch, num_rows)[k * per_step:(k + 1) * per_step]
 
     def record(self, loss, tokens):
-        """The loop says in each step: this process's share of the mean loss, and of the tokens."""
-        loss, tokens = sum_over_processes([float(loss), tokens], self.device)
+        """Called in each step, with this process's share of the mean loss and of the tokens."""
+        loss, tokens, self.pressed = sum_over_processes(
+            [float(loss), tokens, len(self.presses)], self.device)
         self.state["losses"].append(self.finite(loss))
         self.tokens += tokens
 
     def finite(self, loss):
         """The loss itself. Raises UserError when training has gone astray."""
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {self.state['step'] + 1}; what was saved "
+            raise UserError(f"the loss is {loss} after step {self.state['step']}; what was saved "
                             f"is kept. Start anew with a lower --lr than {self.args.lr:g}")
         return loss
 
@@ -1300,12 +1299,11 @@ class TrainingRun:
         state["rows"].append(row)
         state["losses"] = []
 
-        # Best is the highest accuracy, where there is one, then the lowest loss.
-        merit = [row.get("val_accuracy", 0), -row["val_loss"]]
-        if state["step"] and merit > state["best"]:
-            state["best"] = merit
-            if process_number()[0] == 0:
-                self.save_best()
+        # Best is the highest accuracy, where there is one, then the lowest loss; step 0 is out.
+        best = max(state["rows"][1:], default=None,
+                   key=lambda row: (row.get("val_accuracy", 0), -row["val_loss"]))
+        if best is row and process_number()[0] == 0:
+            self.save_best()
 
     def save_state(self):
         """Write the metrics, then all that a resumed run needs."""
@@ -1407,7 +1405,7 @@ def explain(model, tokenizer, idx, layer, head, top_k, top_p):
         marks = " ".join(name for name, p in kept.items() if p[token] > 0)
         say(f"  {show(token):14.14s}{columns}{marks}")
 
-    # A row per token, its weights as shades: the darkest is the row's largest.
+    # A row per token, its weights as shades: the fullest is the row's largest.
     weights = attention_weights(model, idx, layer)
     weights = weights.mean(dim=0) if head is None else weights[head]
     which = "all heads" if head is None else f"head {head}"
@@ -1436,11 +1434,11 @@ def print_stream(stream, tokenizer, presses=()):
 
 
 def main(argv=None):
-    """The walk without --checkpoint or --prompt, else write or explain."""
+    """The walk without --checkpoint, --prompt or --explain; else write or explain."""
     parser = ArgumentParser(description="A walk through the model; or text from a checkpoint.")
     arg = parser.add_argument
     arg("--checkpoint", type=Path, help="the model (with --prompt: checkpoints/pretrained.pt)")
-    arg("--prompt", help="text to continue; without it, a new document begins")
+    arg("--prompt", help="text to continue; with --checkpoint alone, a new document begins")
     arg("--max-new-tokens", type=positive_int, default=200, help="when to stop")
     arg("--temperature", type=non_negative_float, default=0.8, help="0: always the likeliest token")
     arg("--top-k", type=positive_int, help="choose among the k likeliest tokens")
