@@ -255,7 +255,8 @@ def in_batches(function, rows, device, dtype, most_tokens=2048):
             result = function(x, lengths)
         yield from zip(batch, result.float().cpu())
         done += len(batch)
-        progress.update(done, "reading texts")
+        if sys.stdout.isatty():  # in a file it would stand between the lines of --classify
+            progress.update(done, "reading texts")
     progress.close()
 
 

@@ -491,6 +491,8 @@ def talk(args):
     model, tokenizer, saved = load_checkpoint(args.checkpoint, device)
     model.to(pick_dtype(args.dtype, device))
     style = args.prompt_style or saved.get("prompt_style", "alpaca")
+    if style not in PROMPT_STYLES:
+        raise UserError(f"the checkpoint has the unknown style {style!r}; give --prompt-style")
 
     if args.chat:
         with contextlib.suppress(ImportError):

@@ -656,7 +656,8 @@ def keep_freed_memory(largest):
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, largest)   # M_MMAP_THRESHOLD: blocks up to this many bytes are kept ...
+        # M_MMAP_THRESHOLD: blocks up to this many bytes are kept (32 MB at most in older glibc) ...
+        mallopt(-3, largest) or mallopt(-3, 1 << 25)
         mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD: ... up to a gigabyte of them
 
 
@@ -992,7 +993,8 @@ positive_float = argument(float, "a number above 0", lambda x: 0 < x < math.inf)
 non_negative_float = argument(float, "a number of 0 or more", lambda x: 0 <= x < math.inf)
 probability = argument(float, "between 0 and 1", lambda x: 0 < x <= 1)
 seed_number = argument(int, "a whole number of at most 9 digits", lambda n: 0 <= n < 10**9)
-checkpoint_file = argument(Path, "a name that ends in .pt", lambda path: path.suffix == ".pt")
+checkpoint_file = argument(Path, "a name that ends in .pt, not in -resume.pt", lambda path: (
+    path.suffix == ".pt" and not path.stem.endswith("-resume")))
 
 
 def add_common_arguments(parser):
@@ -1095,7 +1097,7 @@ class Progress:
             print("\r" + " " * self.width, end="\r", flush=True)
 
 
-def read_text_pieces(path, size=1 << 22):
+def read_text_pieces(path, size=1 << 18):  # tiktoken fails on a million spaces in a row
     """Yield a UTF-8 file as pieces of about `size` characters, so that its length does not matter.
 
     A piece ends before a white space, where GPT-2's pattern always splits, so tokens come out as
@@ -1144,14 +1146,14 @@ def beside(out, ending):
 
 
 def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
-    """Find out before the work, not after, that --out can be written and nothing is lost by it.
+    """Find out before the work, not after, that --out can be written and no input is lost by it.
 
-    Raises UserError when --out, or a file beside it, is one of the `inputs`, or --out is not ours;
+    Raises UserError when --out, or a file beside it, is or lies in an input, or --out is not ours;
     OSError. With --resume, if the run is complete, says so and exits.
     """
     out, inputs = args.out, {Path(path).resolve() for path in inputs if path}
     for path in [out, *(beside(out, ending) for ending in endings)]:
-        if path.resolve() in inputs:
+        if path.resolve() in inputs or endings and not inputs.isdisjoint(path.resolve().parents):
             raise UserError(f"{path} is read by this command and would be overwritten; choose "
                             "another --out")
     if out.exists():
@@ -1161,7 +1163,8 @@ def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
             raise UserError(f"{out} is no checkpoint of this project; choose another --out, or "
                             "move it away") from None
         if args.resume and not beside(out, "-resume.pt").exists():
-            say(f"{out} is complete: there is no {beside(out, '-resume.pt').name} to go on with")
+            say(f"{out} is complete, or the run was stopped before its first save: there is no "
+                f"{beside(out, '-resume.pt').name} to go on with")
             sys.exit()
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()
@@ -1338,7 +1341,8 @@ class TrainingRun:
         say(f"val loss {curve} from {losses[0]:.3f} to {losses[-1]:.3f}, lowest {low:.3f}")
         say(f"time     {self.seconds:,.0f} s, {self.tokens / self.seconds:,.0f} tokens/s")
         say(f"saved    {self.args.out}, the best on the validation data")
-        self.resume_file.unlink(missing_ok=True)
+        if process_number()[0] == 0:  # the others are done before the first has saved
+            self.resume_file.unlink(missing_ok=True)
 
 
 @functools.lru_cache(maxsize=1)

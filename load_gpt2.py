@@ -155,8 +155,8 @@ def read_safetensors(path):
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         begin, end = entry["data_offsets"]
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        if not (all(type(n) is int and n > 0 for n in shape) and end - begin == num_bytes
-                and 0 <= begin <= end <= len(data) - start):
+        if not (all(type(n) is int and n > 0 for n in shape) and type(begin) is type(end) is int
+                and end - begin == num_bytes and 0 <= begin <= end <= len(data) - start):
             raise ValueError(f"{name} has the shape {shape} and does not lie where the header says")
         places[name.removeprefix("transformer.")] = dtype, shape, start + begin
     return places

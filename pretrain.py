@@ -366,6 +366,7 @@ class TokenRows:
 
     def batch(self, rows, device="cpu"):
         """Row numbers (B,) -> inputs (B, T), targets (B, T)."""
+        os.utime(self.path)  # it is in use: `tokens_on_disk` deletes what is not
         offsets = [self.starts[row] * self.dtype.itemsize for row in rows]
         block = [np.fromfile(self.path, self.dtype, self.T + 1, offset=at) for at in offsets]
         block = torch.tensor(np.array(block, np.int64).reshape(-1, self.T + 1), device=device)
@@ -423,7 +424,7 @@ def evaluate_rows(model, rows, tokenizer, args, device, dtype):
     loss = nats / (count * rows.T)
 
     # What the model writes, drawn at temperature 0.8: always the likeliest would repeat itself.
-    idx = text_to_token_ids(args.prompt, tokenizer).to(device)
+    idx = text_to_token_ids(args.prompt or "<|endoftext|>", tokenizer).to(device)
     ids = generate(model, idx, 100, rows.T, 0.8, seed=args.seed, eos_id=tokenizer.eot_token)
     return {"val_loss": loss, "perplexity": math.exp(min(loss, 99)),
             "bits_per_byte": nats / num_bytes / math.log(2),
@@ -510,7 +511,8 @@ def main(argv=None):
     model.to(device)
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype)
     per_epoch = len(train_rows) // (args.batch_size * args.grad_accum)
-    run = TrainingRun(args, model, tokenizer, optimizers, per_epoch, {"data": fingerprint(stamp)})
+    settings = {"data": fingerprint(stamp), "tokenizer": fingerprint(tokenizer_to_spec(tokenizer))}
+    run = TrainingRun(args, model, tokenizer, optimizers, per_epoch, settings)
     sizes = "{n_layers} blocks, {emb_dim} wide, {n_heads} heads, context {context_length}"
     V, size = model.cfg["vocab_size"], sum(p.numel() for p in model.parameters())
     say(f"model    {size:,} parameters: {sizes.format(**model.cfg)}")

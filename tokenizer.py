@@ -214,9 +214,9 @@ class BPETokenizer:
         tokenizer.save("checkpoints/verdict.tiktoken")
     """
 
-    def __init__(self, ranks=None, name="bytes"):
+    def __init__(self, ranks=None, name=None):
         # Named as in tiktoken, OpenAI's tokenizer library, so that gpt.py can use either.
-        self.name = name
+        self.name = name or (f"bpe-{len(ranks) + 1}" if ranks else "bytes")
         self._pat_str = GPT2_SPLIT_PATTERN
         self._mergeable_ranks = ranks or dict(BYTES)
         self.eot_token = len(self._mergeable_ranks)
@@ -233,6 +233,8 @@ class BPETokenizer:
         """
         if vocab_size < 257:
             raise UserError(f"{vocab_size} tokens are too few; ask for at least 257")
+        if vocab_size > sys.maxunicode:  # `learn_merges` has a character for each
+            raise UserError(f"{vocab_size} tokens are too many; ask for at most {sys.maxunicode}")
         counts, wanted = Counter(), vocab_size - 257
         for piece in [text] if isinstance(text, str) else text:
             for part in piece.split(END_OF_TEXT):
@@ -248,7 +250,7 @@ class BPETokenizer:
         if len(ranks) - 256 < wanted:
             print(f"too small a text: there were {len(ranks) - 256:,}, not {wanted:,} merges",
                   file=sys.stderr)
-        self.__init__(ranks, f"bpe-{len(ranks) + 1}")
+        self.__init__(ranks)
 
     def encode(self, text, allowed_special=frozenset(), disallowed_special=()):
         """Text -> list of token IDs. `disallowed_special` is ignored; tiktoken has it.
@@ -292,8 +294,7 @@ class BPETokenizer:
     @classmethod
     def load(cls, path):
         """A tokenizer from a rank file. Raises UserError for one that is missing or broken."""
-        ranks = read_rank_file(path)
-        return cls(ranks, f"bpe-{len(ranks) + 1}")
+        return cls(read_rank_file(path))
 
     @classmethod
     def from_gpt2(cls, vocab_bpe=None, encoder_json=None):
