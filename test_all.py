@@ -587,6 +587,11 @@ class TestPretraining(InFolder):
         for i in range(6):
             pretrain.tokens_on_disk([["ab"]], i, BYTES)
         self.assertEqual(len(list(Path("data").iterdir())), 4)
+        in_use = pretrain.TokenRows(*pretrain.tokens_on_disk([["ab"]], "kept", BYTES), 0, 3, 1)
+        for i in range(6):
+            in_use.batch([0])
+            pretrain.tokens_on_disk([["ab"]], i, BYTES)
+        self.assertEqual(in_use.batch([0])[0].tolist(), [[97]])
 
     def test_rows_are_windows_and_targets_are_moved_by_one(self):
         data = pretrain.GPTDatasetV1("abcdefgh", BYTES, max_length=3, stride=2)
@@ -1041,7 +1046,8 @@ class TestLoadGPT2(InFolder):
                 load_gpt2.load_local(folder)
 
         for change in ({"dtype": "I64"}, {"shape": [V, C, 1]}, {"shape": [-V, -C]},
-                       {"data_offsets": [0, 10**12]}, {"data_offsets": [-38400, 0]}):
+                       {"data_offsets": [0, 10**12]}, {"data_offsets": [-38400, 0]},
+                       {"data_offsets": [0.0, 4.0 * V * C]}):
             write_safetensors(self.FILE, self.weights, lambda h: h["wte.weight"].update(change))
             fails("wte.weight|config.json|a complete GPT-2")
         write_safetensors(self.FILE, self.weights, lambda h: h.pop("h.3.mlp.c_fc.bias") and None)
@@ -1418,7 +1424,8 @@ class TestRefusals(InFolder):
                     "--tokenizer none.tiktoken": "python tokenizer.py train",
                     "--n-heads 5": "5 heads", "--device tpu": "not available",
                     "--out text.txt/x.pt": "text.txt", "--out mine.pt": "is no checkpoint of this",
-                    "--data run.csv": "run.csv is read by this command"},
+                    "--data run.csv": "run.csv is read by this command",
+                    "--data mine --out mine/new.pt": "is read by this command"},
                 "pretrain.py ": {"--init none.pt": "none.pt", "--preset gpt2": "--data "},
                 CLASSIFY: {
                     "--data none.tsv": "none.tsv", "--data empty.txt": "is empty",
@@ -1442,6 +1449,7 @@ class TestRefusals(InFolder):
                     "--checkpoint tiny.pt --export mine.gguf": "no GGUF"},
                 "tokenizer.py train ": {
                     "none.txt": "none.txt", "text.txt --vocab-size 9": "at least 257",
+                    "text.txt --vocab-size 2000000": "at most 1114111",
                     "text.txt --out text.txt": "not a rank file",
                     "text.txt --out mine.pt": "mine.pt"},
         }.items():
@@ -1451,7 +1459,7 @@ class TestRefusals(InFolder):
         for run, flags in {
                 PRETRAIN: ("--batch-size 0", "--max-steps -1", "--lr nan", "--lr 0", "--epochs x",
                            "--preset none", "--val-share 1.5", "--dtype x", "--out run.txt",
-                           "--max 3", "--seed 99999999999", "--non\x1bsense"),
+                           "--out run-resume.pt", "--max 3", "--seed 99999999999", "--non\x1bsense"),
                 "pretrain.py ": ("--init a.pt --tokenizer bytes",),
                 "gpt.py ": ("--temperature -1", "--top-p 2", "--top-k 0"),
                 CLASSIFY: ("--train some",), "tokenizer.py ": ("compare text.txt",),
