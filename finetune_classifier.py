@@ -560,10 +560,14 @@ def main(argv=None):
     arg("--classify", nargs="?", const="-", action="append", metavar="TEXT",
         help="print the class of TEXT (repeatable), or of each line of standard input")
     arg("--checkpoint", type=Path, default=Path("checkpoints/classifier.pt"), help="for --classify")
+
+    # Where the texts come from.
     arg("--data", type=Path, help="TSV or CSV file of labelled texts; default: the SMS messages")
     arg("--label-column", help="header or number; default: the one named label, else the first")
     arg("--text-column", help="header or number; default: the one named text, else the second")
     arg("--no-balance", action="store_true", help="take all texts, not equally many of each class")
+
+    # What is trained, and how.
     arg("--init", type=Path, help="language model; default: gpt2-124M.pt, else pretrained.pt")
     arg("--train", choices=list(LEARNING_RATES), default="last-block", help="which part learns")
     arg("--lora-rank", type=positive_int, default=16, help="width of LoRA's corrections")
@@ -572,6 +576,7 @@ def main(argv=None):
     arg("--keep-limit", type=non_negative_float, metavar="MB", default=2000,
         help="keep the frozen part's output if it takes at most this much memory")
     add_training_arguments(parser, "classifier.pt", epochs=5, batch_size=8)
+
     args = parser.parse_args(argv)
     if args.classify:
         return classify_command(args)

@@ -478,6 +478,8 @@ def judge(args):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"there are no answers in {path}; make them with: python "
                         "finetune_instruct.py") from None
+
+    # Each score is written as it comes.
     scores = generate_model_scores(entries, "model_response", args.judge, args.judge_url,
                                    lambda: write_json(path, entries))
     mean = sum(scores) / len(scores) if scores else math.nan

@@ -1110,10 +1110,13 @@ def read_text_pieces(path, size=1 << 18):  # tiktoken fails on a million spaces 
                 rest += block
                 if "\0" in block:
                     raise UserError(f"{path} is not a text file; give plain UTF-8 text")
+
+                # The last white space that follows a word; the rest waits for the next block.
                 found = re.match(r".*\S(?=[ \t\r\n])", rest, re.DOTALL)
                 cut = found.end() if found else len(rest) - 1
                 yield rest[:cut]
                 rest = rest[cut:]
+
     except UnicodeDecodeError as e:
         guess = "utf-16" if e.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise UserError(f"{path} is not UTF-8 text; convert it with: iconv -f {guess} -t utf-8 "
@@ -1153,6 +1156,7 @@ def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
     """
     out, inputs = args.out, {Path(path).resolve() for path in inputs if path}
     for path in [out, *(beside(out, ending) for ending in endings)]:
+        # Training reads a folder whole; a conversion (no endings) reads only its known files.
         if path.resolve() in inputs or endings and not inputs.isdisjoint(path.resolve().parents):
             raise UserError(f"{path} is read by this command and would be overwritten; choose "
                             "another --out")

@@ -513,6 +513,8 @@ def main(argv=None):
     per_epoch = len(train_rows) // (args.batch_size * args.grad_accum)
     settings = {"data": fingerprint(stamp), "tokenizer": fingerprint(tokenizer_to_spec(tokenizer))}
     run = TrainingRun(args, model, tokenizer, optimizers, per_epoch, settings)
+
+    # Say what is trained, train it, and say how to use it.
     sizes = "{n_layers} blocks, {emb_dim} wide, {n_heads} heads, context {context_length}"
     V, size = model.cfg["vocab_size"], sum(p.numel() for p in model.parameters())
     say(f"model    {size:,} parameters: {sizes.format(**model.cfg)}")

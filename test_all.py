@@ -420,7 +420,7 @@ class TestTerminal(InFolder):
 
     @unittest.skipUnless(Path("/dev/full").exists(), "needs /dev/full (Linux)")
     def test_a_full_disk_behind_standard_output_is_a_sentence(self):
-        with open("/dev/full", "w") as full:
+        with open("/dev/full", "wb") as full:
             done = subprocess.run([sys.executable, str(ROOT / "gpt.py")], stdout=full,
                                   stderr=subprocess.PIPE, text=True, timeout=60)
         self.assertEqual(done.returncode, 1)
@@ -1459,7 +1459,8 @@ class TestRefusals(InFolder):
         for run, flags in {
                 PRETRAIN: ("--batch-size 0", "--max-steps -1", "--lr nan", "--lr 0", "--epochs x",
                            "--preset none", "--val-share 1.5", "--dtype x", "--out run.txt",
-                           "--out run-resume.pt", "--max 3", "--seed 99999999999", "--non\x1bsense"),
+                           "--out run-resume.pt", "--max 3", "--seed 99999999999",
+                           "--non\x1bsense"),
                 "pretrain.py ": ("--init a.pt --tokenizer bytes",),
                 "gpt.py ": ("--temperature -1", "--top-p 2", "--top-k 0"),
                 CLASSIFY: ("--train some",), "tokenizer.py ": ("compare text.txt",),
