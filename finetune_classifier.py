@@ -113,8 +113,8 @@ def freeze(model, train, rank=16, alpha=16):
 
     "head": the new head alone. "last-block": also the last block and the final norm (section 6.5):
     the first blocks read what every task needs; the last one gathers what the next token depends
-    on, and now has to gather something else. "lora": the head, and a correction
-    to every matrix in the blocks (appendix E; Hu et al. 2021). "all": everything.
+    on, and now has to gather something else. "lora": the head, and a correction to every matrix in
+    the blocks (appendix E; Hu et al. 2021). "all": everything.
     """
     model.requires_grad_(train == "all")
     model.out_head.requires_grad_(True)
@@ -141,8 +141,8 @@ def classify_batch(model, ids, lengths):
 
 
 # ---------------------------------------------------------------------------------------------
-# The simple loop: the whole model for every batch. A loader yields (token IDs
-# (B, T), lengths (B,), labels (B,)), as `collate` makes them. Book sections 6.6 and 6.7.
+# The simple loop: the whole model for every batch. A loader yields (token IDs (B, T), lengths (B,),
+# labels (B,)), as `collate` makes them. Book sections 6.6 and 6.7.
 
 @torch.no_grad()
 def calc_accuracy_loader(data_loader, model, device, num_batches=None):

@@ -993,7 +993,7 @@ positive_float = argument(float, "a number above 0", lambda x: 0 < x < math.inf)
 non_negative_float = argument(float, "a number of 0 or more", lambda x: 0 <= x < math.inf)
 probability = argument(float, "between 0 and 1", lambda x: 0 < x <= 1)
 seed_number = argument(int, "a whole number of at most 9 digits", lambda n: 0 <= n < 10**9)
-checkpoint_file = argument(Path, "a name that ends in .pt, not in -resume.pt", lambda path: (
+checkpoint_file = argument(Path, "a name that ends in .pt but not in -resume.pt", lambda path: (
     path.suffix == ".pt" and not path.stem.endswith("-resume")))
 
 

@@ -133,8 +133,8 @@ def train_simple(text, num_merges):
 #     [ ]?\p{L}+               letters, and the space before:  "the"  " cat"
 #     [ ]?\p{N}+               digits, and the space before:   " 1908"
 #     [ ]?[^\s\p{L}\p{N}]+     other signs, and the space:     "..."  " ("
-#     \s+(?!\S)               white space, without its last character if text follows
-#     \s+                     white space that is left: a line break or tab before text
+#     \s+(?!\S)                white space, without its last character if text follows
+#     \s+                      white space that is left: a line break or tab before text
 #
 # Equal chunks merge equally, so training needs only the distinct ones, with their counts.
 
@@ -146,9 +146,9 @@ def count_chunks(text, counts):
 
 # ---------------------------------------------------------------------------------------------
 # The fast trainer. Where `merge_once` looks at everything, this one visits only the chunks that
-# hold the best pair: 8,192 tokens from 1.4 MB take less than a second. It writes a
-# token as one character, the one whose number is the ID, and a chunk as a string of those, because
-# Python is fast at finding a pair of characters in a string and at putting another in its place.
+# hold the best pair: 8,192 tokens from 1.4 MB take less than a second. It writes a token as one
+# character, the one whose number is the ID, and a chunk as a string of those, because Python is
+# fast at finding a pair of characters in a string and at putting another in its place.
 
 def learn_merges(chunk_counts):
     """{chunk as bytes: how often} -> (left, right, count) per new token, most frequent first."""
