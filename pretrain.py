@@ -132,7 +132,7 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
 # ---------------------------------------------------------------------------------------------
 # What the loop that runs adds: a schedule, clipping, accumulation, weight decay, and better initial
 # values. The numbers are starting points to play with. The first preset takes two minutes on two
-# cores: its 3 blocks of width 192 reach 1.22 nats per byte, 6 of width 128 would reach 1.30.
+# cores: its 3 blocks of width 192 reach 1.21 nats per byte, 6 of width 128 only 1.27.
 
 QUICK = {
     "context_length": 256, "emb_dim": 192, "n_heads": 3, "n_layers": 3,
