@@ -387,6 +387,7 @@ class TestTerminal(InFolder):
         first, again, other = (self.ok(run + f"--top-p 0.99 --seed {seed}") for seed in (4, 4, 5))
         self.assertEqual(first, again)
         self.assertNotEqual(first, other)
+        self.ok("gpt.py --checkpoint tiny.pt --prompt '' --max-new-tokens 3")   # a new document
         ids = generate_text_simple(gpt.load_checkpoint("tiny.pt")[0],
                                    gpt.text_to_token_ids("The", BYTES), 20, 64)
         self.assertEqual(self.ok(run + "--temperature 0"),
