@@ -10,32 +10,26 @@ The lesson comes first; a line says where it ends. Shapes: B batch (rows), T tok
 C embedding width, H heads, D = C / H head width, V vocabulary size.
 """
 
-import argparse
-import base64
-import codecs
 import contextlib
-import copy
-import csv
-import ctypes
 import functools
-import hashlib
-import itertools
 import math
 import os
-import re
 import signal
-import sys
-import tempfile
-import time
-from pathlib import Path
 
-import numpy as np
-import requests
-import tiktoken
+# Two settings before torch is loaded; the lesson begins at GPT_CONFIG_124M.
+#
+# A thread of torch that waits for another keeps its core busy, for so many rounds. With more, other
+# programs on the machine would stop training nearly altogether.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+with contextlib.suppress(ValueError):  # Ctrl-C while torch loads: no traceback
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+with contextlib.suppress(ValueError, NameError):
+    signal.signal(signal.SIGINT, on_ctrl_c)
 
 GPT_CONFIG_124M = {
     "vocab_size": 50257,     # how many different tokens there are (V)
@@ -60,8 +54,8 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 # A transformer (Vaswani et al. 2017) first had two halves for translation: an encoder, in which
 # every word sees the whole sentence, and a decoder, which writes the translation word by word and
 # sees only what is written already. BERT is an encoder alone: it fills in missing words. A GPT is a
-# decoder alone: it continues a text, and every task that can be written as a text to continue is
-# one for it.
+# decoder alone: it continues a text, and can do every task that can be written as a text to
+# continue.
 
 # ---------------------------------------------------------------------------------------------
 # Embeddings. A text is cut into tokens (pieces of words), each with a number, its ID. A model
@@ -72,10 +66,16 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 #              [0.4, 0.7]]                                    [0.4, 0.7]]
 #
 # The numbers begin at random and are learned like all others; tokens that are used alike end up
-# with similar rows. A second table has a row per position, added to the token's: without it, "dog
-# bites man" and "man bites dog" would look the same to attention. Book sections 2.7 and 2.8.
+# with similar rows. A second table has a row per position, which is added to the token's: without
+# it attention, as it stands below, could not tell "dog bites man" from "man bites dog". Book
+# sections 2.7 and 2.8.
 
 # ---------------------------------------------------------------------------------------------
+# Softmax turns any numbers, here called scores, into shares: positive, with the sum 1. It takes the
+# exponential of each and divides by their sum. The largest score gets the largest share.
+#
+#     scores 2, 1, 0  ->  exp: 7.39, 2.72, 1.00, the sum is 11.11  ->  shares 0.67, 0.24, 0.09
+#
 # Attention, from its idea to many heads. Each rung of this ladder adds one thing; the model uses
 # the last one, MultiHeadAttention.
 
@@ -84,6 +84,10 @@ def attention_without_weights(x):
 
     Nothing is learned yet, so a token always attends to what resembles it. A verb could not look
     for its subject. Book section 3.3.
+
+    Example:
+        attention_without_weights(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))[0]
+        # scores 1, 0, 1 -> weights 0.42, 0.16, 0.42 -> [0.42 + 0.42, 0.16 + 0.42] = [0.84, 0.58]
     """
     attn_scores = x @ x.T                                        # (T, T): how alike two tokens are
     attn_weights = torch.softmax(attn_scores, dim=-1)            # positive, each row sums to 1
@@ -136,7 +140,7 @@ class CausalAttention(SelfAttention_v2):
 
     A model that is to predict the next token must not see it. Setting the weights of future tokens
     to zero and dividing each row by its new sum would do; setting their scores to minus infinity
-    before the softmax is the same in one step, as e to minus infinity is 0.
+    before the softmax is the same in one step, as exp(-infinity) is 0.
 
     Dropout zeroes a random share of the weights in training, and only there, so that no token can
     rely on a single other one; the rest are divided by the share kept, which keeps the mean.
@@ -177,10 +181,13 @@ class MultiHeadAttentionWrapper(nn.Module):
 class MultiHeadAttention(nn.Module):
     """All heads at once. (B, T, d_in) -> (B, T, d_out). Section 3.6.
 
-    `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention`, without storing weights
-    (Dao et al. 2022, FlashAttention) or a mask: `context_length` is for the book's signature only.
-    `Linear` is torch's, made faster for generation behind the lesson; `cache` is a KVCache. Raises
-    ValueError when d_out cannot be shared out evenly among the heads.
+    The heads' matrices stand side by side in one wide matrix. One product computes them all, and
+    `split_heads` cuts the result into H pieces. `d_out` is now the width of all heads together.
+
+    `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention`. It never stores the
+    (T, T) weights (Dao et al. 2022, FlashAttention), and needs no mask, so `context_length` is not
+    used. It is there for the book's calls. Raises ValueError when d_out cannot be shared out evenly
+    among the heads.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -188,37 +195,41 @@ class MultiHeadAttention(nn.Module):
         if d_out % num_heads:
             raise ValueError(f"d_out {d_out} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
-        self.W_query = Linear(d_in, d_out, bias=qkv_bias)
-        self.W_key = Linear(d_in, d_out, bias=qkv_bias)
-        self.W_value = Linear(d_in, d_out, bias=qkv_bias)
-        self.out_proj = Linear(d_out, d_out)  # lets the heads' results mix
+        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.out_proj = nn.Linear(d_out, d_out)  # lets the heads' results mix
         self.dropout = nn.Dropout(dropout)
 
     def split_heads(self, t):
-        """(B, T, C) -> (B, T, H, D) -> (B, H, T, D)"""
+        """(B, T, C) -> (B, T, H, D) -> (B, H, T, D)
+
+        A product of two tensors multiplies their last two dimensions and keeps those before. With
+        H before T, queries times keys is a (T, T) table for each head.
+        """
         return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, remember=None):
         queries = self.split_heads(self.W_query(x))
         keys = self.split_heads(self.W_key(x))
         values = self.split_heads(self.W_value(x))
 
-        # A KVCache (see generation; skip it at first) adds the keys and values of earlier tokens.
-        if cache is not None:
-            keys, values = cache.extend(layer, keys, values)
+        # Skip this at first. In generation `remember` (`KVCache.extend`, below) keeps these keys
+        # and values, and returns those of all tokens so far, with a mask: who may see whom.
+        mask = None
+        if remember is not None:
+            keys, values, mask = remember(keys, values)
 
-        # subtle: is_causal assumes that the first query belongs to the first key. With a cache the
-        # first query comes later and would see one key only, so the cache brings a mask.
-        context_vec = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=None if cache is None else cache.mask,
-            is_causal=cache is None, dropout_p=self.dropout.p if self.training else 0.0)
+        context_vec = F.scaled_dot_product_attention(            # (B, H, T, D)
+            queries, keys, values, attn_mask=mask, is_causal=mask is None,
+            dropout_p=self.dropout.p if self.training else 0.0)
 
         # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
         return self.out_proj(context_vec.transpose(1, 2).flatten(2))
 
 
 # ---------------------------------------------------------------------------------------------
-# The model: normalise, attend, normalise, think; a dozen times. Book chapter 4.
+# The model: normalise, attend, normalise, feed forward; a dozen times. Book chapter 4.
 
 class LayerNorm(nn.Module):
     """Each token's C numbers to mean 0 and variance 1, then scale and shift, learned. Section 4.2.
@@ -240,7 +251,13 @@ class LayerNorm(nn.Module):
 class GELU(nn.Module):
     """A soft switch: large numbers pass, very negative ones become 0 (Hendrycks & Gimpel 2016).
 
-    Two linear layers with nothing nonlinear between them would be one. Section 4.3.
+    Two linear layers in a row can do no more than one: something that is not linear has to stand
+    between them. The older ReLU cuts off at 0, and what it cuts gets no gradient; GELU bends around
+    0. Section 4.3.
+
+        x       -2       -0.5     0      0.5     2
+        ReLU     0        0       0      0.5     2
+        GELU    -0.045   -0.154   0      0.346   1.955
     """
 
     def forward(self, x):
@@ -249,12 +266,16 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Each token thinks on its own, four times as wide. (B, T, C) -> (B, T, C). Section 4.3."""
+    """Two linear layers for each token by itself: C -> 4 C -> C numbers. Section 4.3.
+
+    Attention moves information between tokens; here each token works on what it has gathered.
+    (B, T, C) -> (B, T, C).
+    """
 
     def __init__(self, cfg):
         super().__init__()
         C = cfg["emb_dim"]
-        self.layers = nn.Sequential(Linear(C, 4 * C), GELU(), Linear(4 * C, C))
+        self.layers = nn.Sequential(nn.Linear(C, 4 * C), GELU(), nn.Linear(4 * C, C))
 
     def forward(self, x):
         return self.layers(x)
@@ -277,8 +298,8 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(C)
         self.drop_resid = nn.Dropout(cfg["drop_rate"])
 
-    def forward(self, x, cache=None, layer=0):
-        x = x + self.drop_resid(self.att(self.norm1(x), cache, layer))
+    def forward(self, x, remember=None):
+        x = x + self.drop_resid(self.att(self.norm1(x), remember))
         return x + self.drop_resid(self.ff(self.norm2(x)))
 
 
@@ -300,7 +321,7 @@ class GPTModel(nn.Module):
         self.drop_emb = nn.Dropout(cfg["drop_rate"])
         self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
         self.final_norm = LayerNorm(cfg["emb_dim"])
-        self.out_head = Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
         self.tie_weights()
 
     def tie_weights(self):
@@ -309,9 +330,9 @@ class GPTModel(nn.Module):
             self.out_head.weight = self.tok_emb.weight
 
     def hidden_states(self, in_idx, cache=None):
-        """(B, T) token IDs -> (B, T, C), what out_head reads. `cache` holds the tokens before."""
+        """Token IDs (B, T) -> (B, T, C), all of the model but out_head. `cache` is a KVCache."""
         T, context = in_idx.shape[1], self.cfg["context_length"]
-        total = T + (cache.longest if cache else 0)
+        total = T + (cache.length if cache else 0)
         if total > context:
             raise ValueError(f"{total} tokens do not fit the model's context of {context}")
         positions = cache.begin(T) if cache else torch.arange(T, device=in_idx.device)
@@ -319,14 +340,14 @@ class GPTModel(nn.Module):
         # What the token is, plus where it stands.
         x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))       # (B, T, C)
         for layer, block in enumerate(self.trf_blocks):
-            x = block(x, cache, layer)
+            x = block(x, functools.partial(cache.extend, layer) if cache else None)
         return self.final_norm(x)
 
     def forward(self, in_idx):
         return self.out_head(self.hidden_states(in_idx))
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """As torch's; also takes the weights of other code for the book, which save their masks."""
+        """As torch's, but passes over `att.mask`, which weights saved by the book's code have."""
         state_dict = {name: t for name, t in state_dict.items() if not name.endswith("att.mask")}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self.tie_weights()
@@ -334,55 +355,43 @@ class GPTModel(nn.Module):
 
 
 def walk():
-    """Print GPT-2's parameters, part by part, and the shape of the data after each step."""
+    """Print GPT-2's parameters, part by part, and the shapes of a sentence on its way through."""
     with shapes_only():  # a model without numbers in it is enough, and takes no memory
         model = GPTModel({**GPT_CONFIG_124M, "tie_embeddings": True, "qkv_bias": True})
-    blocks, L = model.trf_blocks, len(model.trf_blocks)
-    block, att = blocks[0], blocks[0].att
-    print("A GPT reads tokens (pieces of words) and scores every token that could come next.\n\n"
+    block, total = model.trf_blocks[0], sum(p.numel() for p in model.parameters())
+    print("A GPT reads tokens (pieces of words) and scores every token that could come\nnext.\n\n"
           "The parameters of GPT-2, the smallest of its four sizes, by part")
-    total = sum(p.numel() for p in model.parameters())
-
-    # A name and the modules that it stands for.
-    for name, modules in [
+    for part, modules in [
             ("tok_emb: one vector per token", [model.tok_emb]),
             ("pos_emb: one vector per position", [model.pos_emb]),
-            (f"attention, in {L} blocks", [block.att for block in blocks]),
-            (f"feed-forward, in {L} blocks", [block.ff for block in blocks]),
+            ("attention, in 12 blocks", [block.att for block in model.trf_blocks]),
+            ("feed-forward, in 12 blocks", [block.ff for block in model.trf_blocks]),
             ("layer norms", [m for m in model.modules() if isinstance(m, LayerNorm)]),
-            ("out_head: the same matrix as tok_emb", []),
-            ("together", [model])]:
+            ("together; out_head is tok_emb's matrix", [model])]:
         number = sum(p.numel() for module in modules for p in module.parameters())
-        print(f"  {name:40s} {number:>12,} {100 * number / total:5.1f} %")
+        print(f"  {part:40s} {number:>12,} {100 * number / total:5.1f} %")
     print(f"  memory: {total * 4 / 1e6:.0f} MB to use it in float32, and at least\n"
-          f"  {total * 16 / 1e6:.0f} MB to train it (weights, gradients and AdamW's two averages)")
+          f"  {total * 16 / 1e6:.0f} MB to train it (weights, gradients, AdamW's two averages)\n\n"
+          "'Every effort moves you' on its way through: what each part gives")
 
-    def show(what, t, note):
-        print(f"  {what:28s} {str(tuple(t.shape)):16s} {note}")
-        return t
-
-    print("\nOne short sentence on its way through, and the shape after each step")
-    ids = torch.tensor([[6109, 3626, 6100, 345]], device="meta")
-    positions = torch.arange(4, device="meta")
-    show("token IDs", ids, "(B, T): 6109 3626 6100 345, 'Every effort moves you'")
-    x = show("tok_emb + pos_emb", model.tok_emb(ids) + model.pos_emb(positions), "(B, T, C)")
-
-    # The first block, one step at a time. Keys and values have the queries' shape, and a softmax
-    # changes none, so the queries stand for all three.
-    y = show("norm1", block.norm1(x), "mean 0, variance 1 in each token")
-    q = show("W_query, and W_key, W_value", att.W_query(y), "one query, key, value per token")
-    q = show("split into heads", att.split_heads(q), "(B, H, T, D)")
-    w = show("queries x keys, softmax", q @ q.transpose(2, 3), "(B, H, T, T): who looks at whom")
-    y = show("weights x values", w @ q, "(B, H, T, D): what they find there")
-    y = show("join heads, out_proj", att.out_proj(y.transpose(1, 2).flatten(2)), "(B, T, C)")
-    x = show("add to the shortcut", x + y, "what a token is + what it found")
-    y = show("norm2, ff.layers[0], GELU", block.ff.layers[:2](block.norm2(x)), "(B, T, 4 C)")
-    x = show("ff.layers[2], add", x + block.ff.layers[2](y), f"that is one block; {L - 1} more")
-
-    x = show("final_norm", model.final_norm(x), "(B, T, C)")
-    show("out_head: logits", model.out_head(x), "(B, T, V): scores for every next token")
-    print("\nThe last row of logits chooses the fifth token; append it and repeat: that is "
-          "generation.\nNext: `python pretrain.py` trains a small GPT here, in about two minutes.")
+    # Each of these modules prints the shape of what it gives, in the order in which they run.
+    for module, note in [
+            (model.tok_emb, "tok_emb: a vector per token, (B, T, C)"),
+            (model.pos_emb, "pos_emb: a vector per position, added to it"),
+            (block.norm1, "norm1: mean 0, variance 1 in each token"),
+            (block.att.W_query, "att.W_query: 12 heads, each with 64 numbers"),
+            (block.att.W_key, "att.W_key: each query meets each earlier key"),
+            (block.att.W_value, "att.W_value: what a token gives if it is found"),
+            (block.att.out_proj, "att.out_proj: what was found, added to the token"),
+            (block.ff.layers[0], "ff.layers[0]: four times as wide, then GELU"),
+            (block.ff.layers[2], "ff.layers[2]: and back, added to the token"),
+            (block, "the whole block; 11 more like it follow"),
+            (model.out_head, "out_head: logits, a score per next token, (B, T, V)")]:
+        module.register_forward_hook(
+            lambda _, __, out, note=note: print(f"  {str(tuple(out.shape)):14s} {note}"))
+    model(torch.tensor([[6109, 3626, 6100, 345]], device="meta"))
+    print("\nThe last row of logits chooses the fifth token; append it and repeat: that is\n"
+          "generation.\n\nNext: `python pretrain.py` trains a small GPT here, in about a minute.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -390,12 +399,12 @@ def walk():
 
 def text_to_token_ids(text, tokenizer):
     """Text -> (1, T) token IDs; `<|endoftext|>` is the token between documents. Section 5.1."""
-    return torch.tensor([tokenizer.encode(text, allowed_special="all")])
+    return torch.tensor([tokenizer.encode(text, allowed_special={"<|endoftext|>"})])
 
 
 def token_ids_to_text(token_ids, tokenizer):
     """(1, T) or (T,) token IDs -> text. Section 5.1."""
-    # A model may have more IDs than the tokenizer; those stand for no text.
+    # A model may have more IDs than its tokenizer has tokens; those IDs are left out.
     return tokenizer.decode([i for i in token_ids.flatten().tolist() if i < tokenizer.n_vocab])
 
 
@@ -416,8 +425,9 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (B, V) -> probabilities (B, V) to draw the next token from. Section 5.3.
 
-    A temperature below 1 makes the likely likelier, above 1 the unlikely. `top_k` keeps the k
-    likeliest tokens; `top_p` keeps the likeliest that together reach p (Holtzman et al. 2020).
+    A temperature below 1 makes likely tokens even likelier, above 1 gives the unlikely ones more
+    chance. `top_k` keeps the k likeliest tokens; `top_p` keeps the likeliest that together reach p
+    (Holtzman et al. 2020).
     """
     logits = logits.float() / max(temperature, 1e-6)  # a tiny one must not make infinities
     if top_k is not None:
@@ -442,76 +452,76 @@ def sample_next(logits, temperature=0.0, top_k=None, top_p=None, generator=None)
     return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
 
 
-class KVCache:
-    """The keys and values of the tokens read so far, so that each is computed only once.
+# The simple loop reads every token again and again. A token sees only what stands before it, so its
+# key and value never change: it is enough to compute them once and to keep them. For a new token
+# only its own query, key and value are computed; those of the earlier tokens come from the cache.
+#
+# Prompts of different lengths are padded at the left, so that every row's newest token stands last:
+#
+#     row                  padding  positions
+#     [a, b, c, d, e]      0        [0, 1, 2, 3, 4]
+#     [-, -, x, y, z]      2        [-2, -1, 0, 1, 2]: a row's first token has the position 0
 
-    A token's key and value never change, as it sees only what is before it; so a new token needs
-    its own query, key and value, and those kept here: (B, H, max_length, D) for each layer.
-    `lengths` (B,) counts each row's tokens; prompts of different lengths are padded at the right.
+class KVCache:
+    """The keys and values of the tokens read so far: (B, H, max_length, D) for each block.
+
+    `padding` (B,) counts the tokens at the left of each row that are not text. `length` counts the
+    tokens read so far, with padding.
     """
 
-    def __init__(self, model, batch_size, max_length):
-        heads, weight = model.cfg["n_heads"], model.tok_emb.weight
-        shape = (batch_size, heads, max_length, model.cfg["emb_dim"] // heads)
-        self.keys = [weight.new_zeros(shape) for _ in model.trf_blocks]
-        self.values = [weight.new_zeros(shape) for _ in model.trf_blocks]
-        self.rows = torch.arange(batch_size, device=weight.device)[:, None]
-        self.lengths = torch.zeros_like(self.rows[:, 0])
-        self.longest = 0
+    def __init__(self, model, batch_size, max_length, padding):
+        C, H, weight = model.cfg["emb_dim"], model.cfg["n_heads"], model.tok_emb.weight
+        shape = (len(model.trf_blocks), batch_size, H, max_length, C // H)
+        self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.padding, self.length = padding, 0
 
     def begin(self, T):
         """T tokens per row are about to be read -> their positions (B, T)."""
-        self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
-        self.lengths = self.lengths + T
-        self.longest += T
+        self.first, self.length = self.length, self.length + T
+        positions = torch.arange(self.length, device=self.padding.device) - self.padding[:, None]
+        query_pos = positions[:, None, self.first:, None]         # (B, 1, T, 1)
+        key_pos = positions[:, None, None, :]                     # (B, 1, 1, length)
 
-        # True where a key is not later than the query: (B, 1, T, longest).
-        key_positions = torch.arange(self.longest, device=self.lengths.device)
-        self.mask = key_positions <= self.positions[:, None, :, None]
-        return self.positions
+        # subtle: a query sees the keys at its own position and before. `is_causal` cannot say so:
+        # it takes the first query for token 0, which sees one key. Padding sees padding alone, as
+        # a query that sees no key would give NaN.
+        self.mask = (key_pos <= query_pos) & ((key_pos < 0) == (query_pos < 0))
+        return positions[:, self.first:].clamp(min=0)  # the table has no negative rows
 
     def extend(self, layer, keys, values):
-        """Store (B, H, T, D) new keys and values; return those of all tokens so far."""
-        # subtle: with a slice between two index tensors, their shape comes first: (B, T, H, D).
-        self.keys[layer][self.rows, :, self.positions] = keys.transpose(1, 2)
-        self.values[layer][self.rows, :, self.positions] = values.transpose(1, 2)
-        return self.keys[layer][:, :, :self.longest], self.values[layer][:, :, :self.longest]
+        """Store new keys and values (B, H, T, D) -> those of all tokens so far, and the mask."""
+        self.keys[layer, :, :, self.first:self.length] = keys
+        self.values[layer, :, :, self.first:self.length] = values
+        return (self.keys[layer, :, :, :self.length], self.values[layer, :, :, :self.length],
+                self.mask)
 
 
 @torch.no_grad()
-def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None,
-                    eos_id=None, top_p=None, lengths=None, seed=None):
-    """Yield each row's next token, (B,), step by step. Read it first with B = 1, lengths = [T]."""
-    if idx.numel() == 0:
-        raise ValueError("the prompt is empty; give at least one token, such as <|endoftext|>")
-    k_fits = top_k is None or top_k >= 1
-    p_fits = top_p is None or 0 < top_p <= 1
-    if temperature < 0 or not k_fits or not p_fits:
-        raise ValueError("temperature must be 0 or more, top_k 1 or more, top_p within (0, 1]")
-
-    (B, T), device = idx.shape, idx.device
-    context_size = min(context_size, model.cfg["context_length"])
-    rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-    lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
-    text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
-    rows = torch.arange(B, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    cache = KVCache(model, B, min(context_size, T + max_new_tokens))
+def generate_stream(model, idx, max_new_tokens, context_size=None, temperature=0.0, top_k=None,
+                    eos_id=None, top_p=None, padding=None, seed=None):
+    """Yield each row's next token, (B,), step by step. The arguments are those of `generate`."""
+    idx, padding, context_size = check_prompt(model, idx, padding, context_size, temperature,
+                                              top_k, top_p)
+    B, T = idx.shape
+    rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    finished = torch.zeros(B, dtype=torch.bool, device=idx.device)
+    cache = None
     was_training = model.training
-    model.eval()
+    model.eval()  # without dropout
+    speed_up_single_rows(model)
     try:
-        for longest in range(T, T + max_new_tokens):
-            # Predict. When the window slides, all positions change and with them all keys, so
-            # each row's last `context_size` tokens are read anew, without the cache.
-            if longest > context_size:
-                first = (lengths - context_size).clamp(min=0)
-                window = first[:, None] + torch.arange(context_size, device=device)
-                hidden = model.hidden_states(text.gather(1, window))[rows, lengths - first - 1]
-            elif longest == T:          # the prompts, in one pass
-                hidden = model.hidden_states(idx, cache)[rows, lengths - 1]
-                cache.lengths = lengths  # padding does not count
-            else:                       # only the token that came last
-                hidden = model.hidden_states(idx_next[:, None], cache)[:, -1]
+        for length in range(T, T + max_new_tokens):
+            # Read the prompts, later only the newest token. When the text is longer than the
+            # context, the window slides, and all positions change: read the whole window anew.
+            idx_new = idx[:, -1:]
+            if cache is None or length > context_size:
+                first = max(0, length - context_size)
+                cache = KVCache(model, B, min(context_size, T + max_new_tokens),
+                                (padding - first).clamp(min=0))
+                idx_new = idx[:, first:]
+
+            # Predict.
+            hidden = model.hidden_states(idx_new, cache)[:, -1]   # (B, C), of the last position
             logits = model.out_head(hidden)                       # (B, V)
 
             # Choose. A row that has ended stays at its end.
@@ -521,8 +531,7 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
                 finished |= idx_next == eos_id
 
             # Append.
-            text[rows, lengths] = idx_next
-            lengths = lengths + 1
+            idx = torch.cat((idx, idx_next[:, None]), dim=1)
             yield idx_next
             if finished.all():
                 break
@@ -530,18 +539,36 @@ def generate_stream(model, idx, max_new_tokens, context_size, temperature=0.0, t
         model.train(was_training)
 
 
-def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None,
-             top_p=None, lengths=None, seed=None):
+def generate(model, idx, max_new_tokens, context_size=None, temperature=0.0, top_k=None,
+             eos_id=None, top_p=None, padding=None, seed=None):
     """Continue each row of token IDs: (B, T) -> (B, T + n), n <= max_new_tokens. Section 5.3.
 
     Temperature 0 gives the tokens of `generate_text_simple`; `next_token_probs` explains the other
-    choices, `seed` makes them repeatable. A row that produced `eos_id` (the end of text) is filled
-    with it; when all have, generation ends. Prompts of different lengths are padded at the right,
-    their `lengths` (B,) given. Raises ValueError for an empty prompt or an option out of its range.
+    choices, and a `seed` makes them repeatable. `context_size` is the model's own unless given.
+    A row that produced `eos_id` (the end of text) is filled with it; when all have, generation
+    ends. `idx` may be a list: one row. Shorter prompts are padded at the left, with any token, and
+    `padding` (B,) counts it. Raises ValueError for an empty prompt or an option out of range.
     """
     new = list(generate_stream(model, idx, max_new_tokens, context_size, temperature, top_k,
-                               eos_id, top_p, lengths, seed))
+                               eos_id, top_p, padding, seed))
+    idx = as_rows(idx, model)
     return torch.cat([idx, torch.stack(new, dim=1)], dim=1) if new else idx
+
+
+@torch.no_grad()
+def attention_weights(model, idx, layer):
+    """Who looks at whom: (1, T) token IDs -> (H, T, T), in each head a row per query.
+
+    `MultiHeadAttention` computes the same weights but never shows them.
+    """
+    block, T = model.trf_blocks[layer], idx.shape[1]
+    x = model.tok_emb(idx) + model.pos_emb(torch.arange(T, device=idx.device))
+    x = block.norm1(model.trf_blocks[:layer](x))
+    queries = block.att.split_heads(block.att.W_query(x))[0]              # (H, T, D)
+    keys = block.att.split_heads(block.att.W_key(x))[0]
+    attn_scores = queries @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+    future = torch.ones(T, T, device=idx.device).triu(diagonal=1).bool()
+    return torch.softmax(attn_scores.masked_fill(future, -torch.inf), dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -552,8 +579,9 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
 class LoRALayer(nn.Module):
     """x (..., in_dim) -> x A B * alpha / rank (..., out_dim).
 
-    B starts at zero, so the correction does too; alpha sets its size. Dividing by the rank keeps
-    size and best learning rate about the same when the rank is changed.
+    The matrix B (not the batch) starts at zero, so at first nothing changes. A starts at random, as
+    in nn.Linear: if both were zero, neither would get a gradient. alpha sets the size of the
+    correction. Dividing by the rank keeps it about the same when the rank is changed.
     """
 
     def __init__(self, in_dim, out_dim, rank, alpha):
@@ -580,13 +608,16 @@ class LinearWithLoRA(nn.Module):
 
 
 def replace_linear_with_lora(model, rank, alpha):
-    """Wrap every linear layer inside `model`, in place; the caller has frozen its parameters.
+    """Wrap every linear layer inside `model`, in place. Freeze the parameters before:
+    `model.requires_grad_(False)`.
 
-    A layer that shares its matrix with an embedding, as a tied head does, is left alone: merging
-    would change the embedding too.
+    Two kinds are left alone: layers that are wrapped already, and a tied head, which shares its
+    matrix with the embedding: merging would change the embedding, too.
     """
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     for parent in list(model.modules()):
+        if isinstance(parent, LinearWithLoRA):
+            continue
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Linear) and not any(module.weight is t for t in tables):
                 setattr(parent, name, LinearWithLoRA(module, rank, alpha).to(module.weight.device))
@@ -604,10 +635,47 @@ def merge_lora(model):
     return model
 
 
+# The same by hand, in Python:
+#
+#     import torch
+#     from gpt import GPTModel, generate, load_tokenizer, text_to_token_ids, token_ids_to_text
+#     tokenizer = load_tokenizer("bytes")                # a token is a byte
+#     model = GPTModel({"vocab_size": tokenizer.n_vocab, "context_length": 64, "emb_dim": 48,
+#                       "n_heads": 3, "n_layers": 2, "drop_rate": 0.0, "qkv_bias": False})
+#     idx = text_to_token_ids("Every effort", tokenizer)
+#     print(model(idx).shape)                            # (1, 12, 257): B, T, V
+#     print(token_ids_to_text(generate(model, idx, 20), tokenizer))    # noise: nothing is learned
+#
+# Try it:
+# 1. Swap two words of a prompt and see which next tokens change:
+#        python gpt.py --explain --prompt "dog bites man"
+# 2. Delete `+ self.pos_emb(positions)` above, and train anew: how much worse is the loss? Why is it
+#    not as bad as one would think? (Think of the causal mask.)  python pretrain.py
+# 3. Make the text wilder or tamer:  python gpt.py --prompt "The" --temperature 1.5
+
 # =============================================================================================
-# The lesson ends here. What follows makes it practical: speed on a CPU, tokenizers, checkpoints,
-# downloads, options and errors, what surrounds a training run, and the command.
+# The lesson ends here. What follows makes it practical: processors and number types, tokenizers,
+# checkpoints, downloads, texts, options and errors, the record of a training run, the command.
 # =============================================================================================
+
+import argparse
+import base64
+import codecs
+import copy
+import csv
+import ctypes
+import glob
+import hashlib
+import itertools
+import json
+import re
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import torch.distributed as dist
 
 
 class UserError(Exception):
@@ -615,50 +683,49 @@ class UserError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------
-# Speed on a CPU, and the number types.
+# The same, faster; devices and number types; what generation is given.
 
-class Linear(nn.Linear):
-    """nn.Linear, made faster on a CPU when x is a single row, as in generation.
+class SingleRowLinear(nn.Linear):
+    """`nn.Linear`, about twice as fast for a single row, as in generation, on an AMD processor.
 
-    torch uses one core for one float32 row: here each thread gets a block of the matrix. For
-    bfloat16, torch asks oneDNN first, which is made for many rows. On two cores a 124M model
-    generates 2.2 to 2.4 times as fast.
+    For one float32 row torch's library (MKL) uses one core of it: here each core gets a block of
+    the matrix. For one bfloat16 row torch asks oneDNN, which is made for many rows.
     """
 
     def forward(self, x):
-        single = (x.numel() == self.in_features and x.device.type == "cpu" and not x.requires_grad
-                  and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu"))
-        if single and x.dtype == torch.bfloat16:
-            onednn = torch.backends.mkldnn.enabled
-            torch.backends.mkldnn.enabled = False
-            y = super().forward(x)
-            torch.backends.mkldnn.enabled = onednn
-            return y
-        if not single or x.dtype != torch.float32:
+        if x.numel() != self.in_features or x.device.type != "cpu":
             return super().forward(x)
+        if x.dtype == torch.bfloat16:
+            torch.backends.mkldnn.enabled = False  # oneDNN
+            y = super().forward(x)
+            torch.backends.mkldnn.enabled = True
+            return y
 
         # subtle: .t() only changes how x is looked at; made .contiguous(), bmm would be slow.
         blocks = min(torch.get_num_threads(), self.out_features)
         rows = self.out_features // blocks * blocks
         weight = self.weight[:rows].view(blocks, -1, self.in_features)
         y = torch.bmm(weight, x.reshape(1, -1).t().expand(blocks, -1, 1)).view(rows)
-        if rows < self.out_features:  # what cannot be shared out evenly
-            y = torch.cat([y, self.weight[rows:] @ x.flatten()])
+        y = torch.cat([y, self.weight[rows:] @ x.flatten()])  # rows that cannot be shared out
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def keep_freed_memory(largest):
-    """Let the C library keep freed memory for the next step, in blocks of up to `largest` bytes.
+def speed_up_single_rows(model):
+    """On an AMD processor, turn linear layers into `SingleRowLinear`; others would lose by it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8"):
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = SingleRowLinear
 
-    Asking the system for it again takes time: training at 124M is 1.5 times as fast. Only glibc
-    (Linux) can do it.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+
+def keep_freed_memory(largest):
+    """Keep freed memory, in blocks of up to `largest` bytes: a step is 1.5 times as fast."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc (Linux) can do it
         mallopt = ctypes.CDLL(None).mallopt
-        # M_MMAP_THRESHOLD: blocks up to this many bytes are kept (32 MB at most in older glibc) ...
-        mallopt(-3, largest) or mallopt(-3, 1 << 25)
-        mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD: ... up to a gigabyte of them
+        mallopt(-3, largest) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older ones take 32 MB
+        mallopt(-1, 1 << 30)                          # M_TRIM_THRESHOLD: up to a gigabyte in all
 
 
 def pick_device(name="auto"):
@@ -676,11 +743,10 @@ def pick_dtype(name="auto", device="cpu"):
     """The type of matrix products; `auto`: bfloat16 where the processor has instructions for it."""
     if name != "auto":
         return getattr(torch, name)
-    if torch.device(device).type == "cuda":  # Ampere and later
-        fast = torch.cuda.get_device_capability(device)[0] >= 8
-    else:
-        has = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
-        fast = has.get("avx512_bf16") or has.get("amx_bf16")
+    has = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
+    fast = has.get("avx512_bf16") or has.get("amx_bf16")
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere and later
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -701,11 +767,40 @@ def shapes_only():
         nn.init.normal_ = normal_
 
 
+def as_rows(idx, model):
+    """Token IDs, (T,) or (B, T) -> a tensor (B, T) on the model's device. Raises ValueError."""
+    idx = torch.as_tensor(idx, device=model.tok_emb.weight.device)
+    if idx.is_floating_point() or idx.ndim not in (1, 2) or idx.numel() == 0:
+        raise ValueError("the prompt must be whole numbers, (T,) or (B, T), at least one in a row, "
+                         f"such as <|endoftext|>, not {idx.dtype} {tuple(idx.shape)}")
+    return idx.long().view(-1, idx.shape[-1])
+
+
+def check_prompt(model, idx, padding, context_size, temperature, top_k, top_p):
+    """-> (idx (B, T), padding (B,), context size), as generation needs them. ValueError."""
+    idx = as_rows(idx, model)
+    context = model.cfg["context_length"]
+    context_size = context if context_size is None else min(context_size, context)
+    fits = [context_size >= 1, top_k is None or top_k >= 1, temperature >= 0,
+            top_p is None or 0 < top_p <= 1]
+    if not all(fits):
+        raise ValueError("context_size and top_k must be 1 or more, temperature 0 or more, top_p "
+                         "above 0 and at most 1")
+    padding = torch.zeros_like(idx[:, 0]) if padding is None else torch.as_tensor(padding)
+    if len(padding) != len(idx) or padding.min() < 0 or padding.max() >= idx.shape[1]:
+        raise ValueError("padding must have a number per row, from 0 to T - 1")
+    return idx, padding.to(idx.device), context_size
+
+
 # ---------------------------------------------------------------------------------------------
 # Tokenizers. Whichever it is, tiktoken's encoder runs it. A vocabulary is a table from byte strings
 # to ranks; a rank is both the token's ID and its priority, as the merge that gives the lowest rank
 # comes first (tokenizer.py shows how). `<|endoftext|>`, which stands between documents, comes last.
+#
+# One rule for this mark in a text: in a text to learn or to continue (corpora, --prompt) it is the
+# token that divides documents; in records, questions and texts to classify it is plain text.
 
+END_OF_TEXT = "<|endoftext|>"
 GPT2_SPLIT_PATTERN = (  # how text is cut into chunks before bytes are merged; see tokenizer.py
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
 VOCAB_BPE = Path("data") / "vocab.bpe"
@@ -721,29 +816,29 @@ BYTE_OF_LETTER.update((chr(256 + i), byte) for i, byte in enumerate(_HIDDEN))
 
 
 def read_gpt2_ranks(path=None):
-    """GPT-2's 50,256 tokens from `vocab.bpe` (downloaded if not there) -> {bytes: rank}. UserError.
-
-    After a line with the version, each line holds a merge: two tokens that become the next one.
-    """
+    """`vocab.bpe` (downloaded if not there) -> GPT-2's tokens, {bytes: rank}. Raises UserError."""
     path = Path(path or download(VOCAB_BPE_URLS, VOCAB_BPE, VOCAB_BPE_SHA256))
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != VOCAB_BPE_SHA256:
         raise UserError(f"{path} is not GPT-2's vocab.bpe; delete it, and it is fetched anew")
     ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_OF_LETTER.values())}
+    # Behind a line with the version, each line is a merge: two tokens that become the next one.
     for line in content.decode("utf-8").strip().split("\n")[1:]:
         ranks[bytes(BYTE_OF_LETTER[letter] for letter in line.replace(" ", ""))] = len(ranks)
     return ranks
 
 
-def read_rank_file(path):
-    """A file of lines `base64-token rank`, tiktoken's format -> {bytes: rank}. Raises UserError."""
-    try:
-        pairs = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
-        return check_ranks([base64.b64decode(token, validate=True) for token, _ in pairs],
-                           [int(rank) for _, rank in pairs])
-    except (FileNotFoundError, ValueError) as e:
-        raise UserError(f"{path} is not a rank file ({e}); use gpt2, bytes, or a file made by: "
-                        "python tokenizer.py train TEXT") from None
+def ranks_to_text(ranks):
+    """{bytes: rank} -> lines `base64-token rank`, tiktoken's format, for files and checkpoints."""
+    return "".join(f"{base64.b64encode(token).decode('ascii')} {rank}\n"
+                   for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def ranks_from_text(text):
+    """The way back -> {bytes: rank}. Raises ValueError."""
+    pairs = [line.split() for line in text.splitlines()]
+    return check_ranks([base64.b64decode(token, validate=True) for token, _ in pairs],
+                       [int(rank) for _, rank in pairs])
 
 
 def check_ranks(tokens, ranks):
@@ -756,45 +851,56 @@ def check_ranks(tokens, ranks):
     return table
 
 
+def read_rank_file(path):
+    """A file of ranks -> {bytes: rank}. Raises UserError."""
+    try:
+        return ranks_from_text(Path(path).read_text(encoding="ascii"))
+    except Exception as e:  # not there, not ASCII, not base64, not in order
+        raise UserError(f"{path} is not a rank file ({e!s:.150}); use gpt2, bytes, or a file made "
+                        "by: python tokenizer.py train TEXT") from None
+
+
 def make_tokenizer(name, ranks, pat_str=GPT2_SPLIT_PATTERN):
-    """{bytes: rank} -> tiktoken.Encoding, with `<|endoftext|>` (its `eot_token`) after the last."""
+    """{bytes: rank} -> tiktoken.Encoding, with `<|endoftext|>` (its `eot_token`) after the last.
+
+    Raises ValueError for a split pattern that loses text or finds nothing: tiktoken would crash.
+    """
+    import regex
+    import tiktoken
+    sample = "Hi, it's 42 \n\n d'ét\u00e9 \u6f22\u5b57!"
+    chunks = [found[0] for found in regex.finditer(pat_str, sample)]
+    if "" in chunks or "".join(chunks) != sample:
+        raise ValueError("its split pattern loses text")
     return tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": len(ranks)})
+                             special_tokens={END_OF_TEXT: len(ranks)})
+
+
+@functools.cache
+def named_tokenizer(name):
+    """The tokenizer `gpt2` or `bytes`, made once."""
+    return make_tokenizer(name, read_gpt2_ranks() if name == "gpt2" else
+                          {bytes([byte]): byte for byte in range(256)})
 
 
 def load_tokenizer(spec):
     """`gpt2`, `bytes`, or the path of a rank file -> tiktoken.Encoding. Raises UserError."""
-    if spec == "gpt2":
-        return make_tokenizer(spec, read_gpt2_ranks())
-    if spec == "bytes":
-        return make_tokenizer(spec, {bytes([i]): i for i in range(256)})
+    if spec in ("gpt2", "bytes"):
+        return named_tokenizer(spec)
     return make_tokenizer("bpe", read_rank_file(spec))
 
 
 def tokenizer_to_spec(tokenizer):
-    """What a checkpoint holds of a tokenizer: a name, or everything needed to rebuild it."""
-    if tokenizer.name in ("gpt2", "bytes"):
-        return tokenizer.name
-    tokens = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
-    return {"pat_str": tokenizer._pat_str,
-            "tokens": [base64.b64encode(token).decode("ascii") for token in tokens]}
+    """What a checkpoint holds of a tokenizer: a name, or ranks and pattern. Raises ValueError.
 
-
-def tokenizer_from_spec(spec):
-    """The way back. A file may come from anywhere, so a path in it is not followed."""
-    if spec in ("gpt2", "bytes"):
-        return load_tokenizer(spec)
-    tokens = [base64.b64decode(token) for token in spec["tokens"]]
-    return make_tokenizer("bpe", check_ranks(tokens, range(len(tokens))), spec["pat_str"])
-
-
-def decode_stream(tokens, tokenizer):
-    """Token IDs one by one -> pieces of text; a character of several tokens comes out whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        if token < tokenizer.n_vocab:
-            yield decoder.decode(tokenizer.decode_bytes([int(token)]))
-    yield decoder.decode(b"", final=True)
+    Elsewhere tiktoken's `encode`, `decode`, `decode_bytes`, `n_vocab` and `eot_token` are enough.
+    """
+    try:
+        if tokenizer.name in ("gpt2", "bytes"):
+            return tokenizer.name
+        return {"pat_str": tokenizer._pat_str, "ranks": ranks_to_text(tokenizer._mergeable_ranks)}
+    except AttributeError as e:
+        raise ValueError("a checkpoint holds tokenizers of tiktoken or tokenizer.py; for others use"
+                         f" torch.save(model.state_dict(), path) ({e})") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -805,6 +911,11 @@ def write_atomically(path):
     """Yield a temporary path, which becomes `path` only if the block succeeds. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a killed process
+            if time.time() - left.stat().st_mtime > 60:
+                left.unlink()
+
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs do not meet in it
     try:
         yield part
@@ -818,62 +929,68 @@ def write_atomically(path):
 def save_checkpoint(path, model, tokenizer, **extras):
     """Write model (LoRA merged), configuration and tokenizer to `path`, all or nothing. OSError.
 
-    `extras` ride along: plain data and tensors only. `class_names` marks a classifier.
+    `extras` (plain data) ride along; `class_names` marks a classifier. Raises ValueError for what
+    could not be loaded again.
     """
-    kind = "classifier" if "class_names" in extras else "language model"
+    kind = "language model"
+    if "class_names" in extras:
+        kind, extras["class_names"] = "classifier", [str(name) for name in extras["class_names"]]
     if any(isinstance(module, LinearWithLoRA) for module in model.modules()):
         model = merge_lora(copy.deepcopy(model))
+    saved = {**extras, "kind": kind, "config": model.cfg, "model": model.state_dict(),
+             "tokenizer": tokenizer_to_spec(tokenizer)}
     with write_atomically(path) as part:
-        torch.save({**extras, "kind": kind, "config": model.cfg, "model": model.state_dict(),
-                    "tokenizer": tokenizer_to_spec(tokenizer)}, part)
+        torch.save(saved, part)
+        try:
+            read_checkpoint(part, kind)
+        except Exception as e:
+            raise ValueError(f"this checkpoint could not be loaded again: {e!s:.300}") from None
 
 
-def replace_head(model, num_classes):
-    """Put a classification head (C -> num_classes) in out_head's place. Book section 6.5."""
-    model.cfg = {**model.cfg, "tie_embeddings": False}  # a tied embedding keeps its matrix
-    model.out_head = nn.Linear(model.cfg["emb_dim"], num_classes).to(model.tok_emb.weight.device)
+def read_checkpoint(path, kind):
+    """-> (model, tokenizer, all else in a dictionary). Raises whatever is wrong with the file."""
+    # mmap: numbers stay in the file until used. Windows cannot replace a file that is mapped.
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+    cfg, weights = saved["config"], saved.pop("model")
+    if saved["kind"] != kind:
+        raise ValueError(f"it holds a {saved['kind']}, but a {kind} is needed")
+    if len({name.split(".")[1] for name in weights if "trf_blocks" in name}) != cfg["n_layers"]:
+        raise ValueError("its weights are of another number of blocks")
+    for name, t in weights.items():
+        if t.dtype != torch.float32 or not t.is_contiguous() or not t.sum().isfinite():
+            raise ValueError(f"{name} has numbers that are not finite, or not float32")
+    spec = saved.pop("tokenizer")
+    tokenizer = named_tokenizer(spec) if spec in ("gpt2", "bytes") else make_tokenizer(
+        "bpe", ranks_from_text(spec["ranks"]), spec["pat_str"])
+    if tokenizer.n_vocab > cfg["vocab_size"]:
+        raise ValueError("its tokenizer has more tokens than its model")
+
+    with shapes_only():
+        model = GPTModel(cfg)
+        if kind == "classifier":
+            model.out_head = nn.Linear(cfg["emb_dim"], len(saved["class_names"]))
+    model.load_state_dict(weights, assign=True)
+    return model, tokenizer, saved
 
 
-def load_checkpoint(path, device="cpu", kind="language model"):
+def load_checkpoint(path, device="cpu", kind="language model", maker=None):
     """Read a checkpoint -> (model in evaluation mode, tokenizer, all else in a dictionary).
 
     A file is checked whole before anything of it is used. Raises UserError when it is not there,
-    cut short, not of this `kind` ("language model" or "classifier"), or does not fit together.
+    cut short, or not of this `kind`, with the script that makes one, `maker`.
     """
-    maker = {"language model": "pretrain.py", "classifier": "finetune_classifier.py"}[kind]
+    maker = maker or ("pretrain.py" if kind == "language model" else "finetune_classifier.py")
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}; make one with: python {maker}")
     try:
-        # mmap: numbers stay in the file until used. Windows cannot replace a file that is mapped.
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-        cfg, weights = saved["config"], saved.pop("model")
-        if saved["kind"] != kind:
-            raise ValueError(f"it holds a {saved['kind']}, but a {kind} is needed")
-
-        # The sizes first, so that a model of ten million blocks is refused before it is made.
-        sizes = [cfg[name] for name in GPT_CONFIG_124M if name not in ("drop_rate", "qkv_bias")]
-        blocks = {name.split(".")[1] for name in weights if name.startswith("trf_blocks.")}
-        if not all(type(n) is int and n > 0 for n in sizes) or len(blocks) != cfg["n_layers"]:
-            raise ValueError("its configuration does not describe its weights")
-        for name, t in weights.items():
-            if t.dtype != torch.float32 or not t.is_contiguous() or not t.sum().isfinite():
-                raise ValueError(f"{name} has numbers that are not finite, or not float32")
-        tokenizer = tokenizer_from_spec(saved.pop("tokenizer"))
-        if tokenizer.n_vocab > cfg["vocab_size"]:
-            raise ValueError("its tokenizer has more tokens than its model")
-
-        with shapes_only():
-            model = GPTModel(cfg)
-            if kind == "classifier":
-                replace_head(model, len(saved["class_names"]))
-        model.load_state_dict(weights, assign=True)
-    except UserError:
+        model, tokenizer, extras = read_checkpoint(path, kind)
+    except UserError:  # vocab.bpe could not be downloaded
         raise
-    except Exception as e:  # whatever a foreign or cut file makes of the lines above
-        reason = " ".join(str(e).split())[:150] or type(e).__name__
+    except Exception as e:  # whatever a foreign or cut file causes
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
         raise UserError(f"{path} is not the checkpoint that is needed, or is cut short ({reason}); "
                         f"make one with: python {maker}") from None
-    return model.to(device).eval(), tokenizer, saved
+    return model.to(device).eval(), tokenizer, extras
 
 
 # ---------------------------------------------------------------------------------------------
@@ -883,78 +1000,174 @@ VERDICT = Path("data") / "the-verdict.txt"  # the book's training text, by Edith
 VERDICT_URLS = ["https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
                 "01_main-chapter-code/the-verdict.txt"]
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+STORIES = Path("data") / "TinyStories-valid.txt"  # Eldan & Li 2023, CDLA-Sharing-1.0
+STORIES_URLS = ["https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/" + name
+                for name in ("TinyStoriesV2-GPT4-valid.txt", "TinyStories-valid.txt")]
+
+
+def find_stories():
+    """Short stories in simple words -> their file: one in data/ that is named so, or fetched."""
+    found = sorted(STORIES.parent.glob("[Tt]iny[Ss]tories*.txt"))
+    return found[0] if found else download(STORIES_URLS, STORIES)
 
 
 def download(urls, path, sha256=None, timeout=30):
     """Make sure that the file `path` is there; return it as a Path.
 
-    Unless it is, each address is tried in turn, into PATH.part, which a later call continues;
-    length and SHA-256 (given, or announced by Hugging Face's hub) are checked before the file gets
-    its name. `timeout`: seconds without a byte. Raises UserError with each address and its reason.
+    Unless it is, each address is tried, up to three times, into PATH.part, with which a later try
+    goes on. SHA-256 (given, or announced by Hugging Face's hub) is checked before the file gets its
+    name. `timeout`: seconds without a byte. Raises UserError with each address and its reason.
     """
-    path, part, reasons = Path(path), Path(f"{path}.part"), []
+    path, part, reasons = Path(path), Path(f"{path}.part"), {}
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
     for url in urls:
-        # An address is asked again while it still delivers bytes.
-        before = -1
-        while part.stat().st_size != before:
-            before = part.stat().st_size
+        for attempt in range(3):
+            begun = part.exists()
             try:
                 fetch(url, part, sha256, timeout)
                 return part.replace(path)
-            except requests.RequestException as e:
-                reason = e
-        reasons.append(f"\n  {url}: {reason}")
-
-        # Without a hash, nobody could tell that two servers' bytes were mixed.
-        if sha256 is None:
-            part.write_bytes(b"")
-    if part.stat().st_size == 0:
-        part.unlink()
+            except Exception as e:  # of the connection, or whatever a broken answer causes
+                reasons[url] = " ".join(str(e).split()).rpartition(": ")[2].rstrip("\"')>")[:200]
+            if not begun and not part.exists():
+                break  # nothing came; asking again helps only where something did
+        if sha256 is None:  # without it, nobody could tell that two servers' bytes were mixed
+            part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        os.removedirs(part.parent)  # if they are empty
+    reasons = "".join(f"\n  {url}: {reason}" for url, reason in reasons.items())
     raise UserError(f"{path.name} could not be downloaded; put it at {path} by hand, or try again "
-                    "when there is a network:" + "".join(reasons))
+                    f"when there is a network:{reasons}")
 
 
 def fetch(url, part, sha256, timeout):
-    """One attempt of `download`. Raises requests.RequestException; wrong content is deleted."""
-    have = part.stat().st_size
+    """One attempt of `download`. Raises an exception; what turns out to be wrong is deleted."""
+    import requests
+    have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity",  # so that lengths count the file's own bytes
                "Range": f"bytes={have}-" if have else None}
-    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-        # The rest of the file, or the whole of it, or neither.
-        status = response.status_code
-        goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if status == 416 or (status == 206 and not goes_on):
-            part.write_bytes(b"")
-            raise requests.RequestException("the part that was there is not of this file")
-        response.raise_for_status()
+    with requests.get(url, headers=headers, stream=True, timeout=(10, timeout)) as response:
+        if response.status_code == 416:  # there is no such rest
+            part.unlink()
+        if not response.ok:
+            raise ValueError(f"{response.status_code} {response.reason}")
         if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise requests.RequestException("a web page came instead of the file")
+            raise ValueError("a web page came instead of the file")
+        for answer in [*response.history, response]:  # the hub announces it before it redirects
+            announced = answer.headers.get("X-Linked-Etag", "").strip('"')
+            sha256 = sha256 or (announced if len(announced) == 64 else None)
 
-        # The hub announces the hash before it redirects.
-        for answer in [*response.history, response]:
-            found = re.fullmatch('"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-Etag", ""))
-            sha256 = sha256 or (found and found[1])
-
-        # Small reads: when the connection breaks off, what a read has not returned is lost.
-        have = have if goes_on else 0
+        # The rest of the file, or all of it; in small reads, as a broken one gives nothing.
+        have = have if response.status_code == 206 else 0
         total = have + int(response.headers.get("Content-Length", 0))
-        with (open(part, "ab" if have else "wb") as file,
-              contextlib.closing(Progress(total / 1e6, "MB")) as progress):
-            for block in response.iter_content(1 << 14):
-                have += file.write(block)
-                progress.update(have / 1e6, f"downloading {part.stem}")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab" if have else "wb") as file:
+            try:
+                for block in response.iter_content(1 << 14):
+                    have += file.write(block)
+                    progress(f"downloading {part.stem}: {have / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+            except requests.exceptions.ChunkedEncodingError:
+                raise ValueError(f"{have} of {total} bytes came") from None
 
-    if have < total:
-        raise requests.RequestException(f"{have} of {total} bytes came")
     with open(part, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 not in (None, digest) or not have:
-        part.write_bytes(b"")
-        raise requests.RequestException(f"wrong content: {have} bytes with the SHA-256 {digest}")
+        part.unlink()
+        raise ValueError(f"wrong content, {have} bytes with the SHA-256 {digest}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Texts that the user brings.
+
+def read_blocks(path, size=None):
+    """Yield a UTF-8 file in blocks of `size` characters, or line by line. UserError, OSError."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is not a file that can be read twice; save its text to one first")
+    empty = True
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: drops a byte order mark
+            for block in iter(lambda: file.read(size), "") if size else file:
+                if "\0" in block:
+                    raise UserError(f"{path} is not a text file; give plain UTF-8 text")
+                empty = empty and block.isspace()
+                yield block
+    except UnicodeDecodeError as e:
+        why = "is not UTF-8 text; find out its encoding and convert it: iconv -f ENCODING -t utf-8"
+        if e.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            why = "is UTF-16, not UTF-8; convert it with: iconv -f utf-16 -t utf-8"
+        elif e.reason == "unexpected end of data":
+            why = "is cut within its last character; fetch it anew, or repair it: iconv -c -t utf-8"
+        raise UserError(f"{path} {why} {path}") from None
+    if empty:
+        raise UserError(f"{path} is empty; give a file with text in it")
+
+
+def read_text(path):
+    """The whole of a UTF-8 file. Raises UserError, OSError."""
+    return "".join(read_blocks(path, 1 << 20))
+
+
+def read_pieces(path, size=1 << 18):
+    """Yield a text to learn from as pieces of about `size` characters: its length does not matter.
+
+    `<|endoftext|>` divides documents; white space around it is dropped. A piece ends before white
+    space, where GPT-2's pattern always splits, so it has the tokens of the whole text. A .jsonl
+    file has a document in each line, under "text". Raises UserError, OSError.
+    """
+    ending = Path(path).suffix.lower()
+    if ending in (".json", ".csv", ".tsv"):
+        raise UserError(f"{path} is a table or JSON, and would be learned with its markup; give "
+                        'plain text, or a .jsonl file with a {"text": ...} in each line')
+    rest = ""
+    for number, block in enumerate(read_blocks(path, None if ending == ".jsonl" else size), 1):
+        if ending == ".jsonl":
+            try:
+                block = json.loads(block)["text"] + END_OF_TEXT if block.strip() else ""
+            except Exception as e:  # whatever is no object with a text
+                raise UserError(f'{path}, line {number}: expected {{"text": "..."}} '
+                                f"({type(e).__name__}: {e!s:.100})") from None
+        rest = without_space_at_marks(rest + block)
+
+        # The last white space behind a word, and what follows, wait for the next block; without
+        # any, all is given but what may be the beginning of a mark.
+        found = re.match(r".*\S(?=\s)", rest, re.DOTALL)
+        mark = rest.rfind("<", -len(END_OF_TEXT))
+        cut = found.end() if found else len(rest[:mark].rstrip())
+        yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
+def without_space_at_marks(text):
+    """Drop white space around each `<|endoftext|>`, and all but one of several in a row."""
+    first, *others = text.split(END_OF_TEXT)
+    if not others:
+        return text
+    middle = [document.strip() for document in others[:-1] if document.strip()]
+    return END_OF_TEXT.join([first.rstrip(), *middle, others[-1].lstrip()])
+
+
+def find_files(paths):
+    """Files, and folders with all that is in them -> a list of files. UserError, OSError."""
+    def fail(error):
+        raise error
+
+    files = []
+    for path in map(Path, paths):
+        inside, seen = [], set()
+        if not path.is_dir():
+            files.append(path)
+            continue
+        for folder, subfolders, names in os.walk(path, onerror=fail, followlinks=True):
+            known = os.path.realpath(folder) in seen  # a link has led back to it
+            seen.add(os.path.realpath(folder))
+            subfolders[:] = sorted(n for n in subfolders if not known and not n.startswith("."))
+            inside += [Path(folder, n) for n in names if not known and not n.startswith(".")]
+        inside = sorted(file for file in inside if file.is_file() and file.stat().st_size)
+        if not inside:
+            raise UserError(f"the folder {path} has no file with text in it")
+        files += inside
+    return files
 
 
 # ---------------------------------------------------------------------------------------------
@@ -973,16 +1186,15 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        """Print the sentence and leave."""
-        self.exit(2, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
+        self.exit(2, wrap(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
 
 
 def argument(kind, what, fits):
-    """An argparse type: `kind` (int, float or Path) of the text, if it `fits`."""
+    """An argparse type: `kind` (int, float, str or Path) of the text, if it `fits`."""
     def convert(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if fits(value):
+            if text.strip() and fits(value):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return convert
@@ -993,6 +1205,8 @@ positive_float = argument(float, "a number above 0", lambda x: 0 < x < math.inf)
 non_negative_float = argument(float, "a number of 0 or more", lambda x: 0 <= x < math.inf)
 probability = argument(float, "between 0 and 1", lambda x: 0 < x <= 1)
 seed_number = argument(int, "a whole number of at most 9 digits", lambda n: 0 <= n < 10**9)
+name = argument(str, "a name", lambda text: True)
+path = argument(Path, "the name of a file or folder", lambda path: True)
 checkpoint_file = argument(Path, "a name that ends in .pt but not in -resume.pt", lambda path: (
     path.suffix == ".pt" and not path.stem.endswith("-resume")))
 
@@ -1001,7 +1215,7 @@ def add_common_arguments(parser):
     """The options that mean the same in every script: --seed, --device, --dtype."""
     arg = parser.add_argument
     arg("--seed", type=seed_number, default=123, help="the same seed, the same result")
-    arg("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    arg("--device", type=name, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     arg("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="number type of matrix products; auto takes the faster")
 
@@ -1023,30 +1237,37 @@ def add_training_arguments(parser, out, **defaults):
 
 def run_main(main):
     """Run a script's main(): what the user can mend is a sentence and status 1, Ctrl-C is 130."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
-    status, message = 0, ""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # None: they were closed
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
+
+    status, message = 1, ""
     try:
         main()
         sys.stdout.flush()
+        status = 0
     except KeyboardInterrupt:
         status, message = 130, "stopped"
-    except BrokenPipeError:
-        # The reader of our output, `head` say, has left.
-        status = 1
+    except BrokenPipeError:  # the reader of our output, `head` say, has left
+        pass
     except (UserError, OSError) as e:
-        status, message = 1, str(e)
+        message = str(e)
     except (RuntimeError, MemoryError) as e:  # the user can only mend a lack of memory
-        if not any(words in repr(e) for words in ("OutOfMemory", "MemoryError", "allocate memory")):
+        if not re.search("OutOfMemory|MemoryError|allocate memory", repr(e)):
             raise
-        status, message = 1, "out of memory; choose a smaller model or a smaller batch"
+        message = "out of memory; choose a smaller model or a smaller batch"
 
-    if message:
-        print(printable(f"{Path(sys.argv[0]).name}: {message}"), file=sys.stderr)
+    progress("")
+    if message:  # with a command on a line of its own, to be copied
+        message = f"{Path(sys.argv[0]).name}: {message}".replace(": python ", ":\n  python ")
+        print(wrap(message), file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # nobody reads it, or the disk is full: Python would try again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def printable(text):
@@ -1055,75 +1276,38 @@ def printable(text):
                   "\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
 
 
-def say(text=""):
-    """Print what may hold names of files or texts from data, at once."""
-    print(printable(text), flush=True)
+def wrap(text, first="", then=""):
+    """Each line of a text for 80 columns, cut between words; `first` and `then` begin the lines."""
+    lines = []
+    for line in printable(text).split("\n"):
+        begin = then if lines else first
+        lines.append(textwrap.fill(line, 79, initial_indent=begin, subsequent_indent=then,
+                                   break_long_words=False, break_on_hyphens=False)
+                     or begin.rstrip())
+    return "\n".join(lines)
 
 
-def shades(fine, plain):
-    """`fine` characters, or `plain` ones where standard output cannot show those."""
-    return fine if "utf" in (sys.stdout.encoding or "").lower() else plain
+def say(label, text):
+    """Print a text, which may come from data or a model, in lines behind a label."""
+    progress("")
+    print(wrap(text, f"{label:9}", " " * 9), flush=True)
 
 
-class Progress:
-    """How far a long job is: on a terminal one line that rewrites itself, else one now and then."""
-
-    def __init__(self, total, unit):
-        self.total, self.unit = total, unit  # None: unknown, and not to be shown
-        self.first, self.width = None, 0
-
-    def update(self, done, text):
-        """Say that `done` units are done (counted from 0, also when resuming)."""
-        now, terminal = time.monotonic(), sys.stdout.isatty()
-        if self.first is None:  # the time starts here: what came before was preparation
-            self.first, self.start, self.last = done, now, now
-        if now - self.last < (0.1 if terminal else 10.0):
-            return
-
-        self.last = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        line = text + (f" | {rate:,.1f} {self.unit}/s" if self.unit else "")
-        if self.total and rate > 0:
-            left = int((self.total - done) / rate)
-            line += f" | {100 * done / self.total:.0f} % | {left // 60}:{left % 60:02d} left"
-        if not terminal:
-            return say(line)
-        self.width = os.get_terminal_size().columns - 1
-        print("\r" + printable(line)[:self.width].ljust(self.width), end="", flush=True)
-
-    def close(self):
-        """Wipe the line, so that what follows stands on a clean one."""
-        if self.width:
-            print("\r" + " " * self.width, end="\r", flush=True)
-
-
-def read_text_pieces(path, size=1 << 18):  # tiktoken fails on a million spaces in a row
-    """Yield a UTF-8 file as pieces of about `size` characters, so that its length does not matter.
-
-    A piece ends before a white space, where GPT-2's pattern always splits, so tokens come out as
-    from the whole text (a piece without one is cut at its end). Raises UserError, OSError.
+def progress(text):
+    """Say on standard error how far a job is: on a terminal in one line, which is rewritten and
+    which an empty text wipes; elsewhere in a new line every 30 s.
     """
-    rest = ""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            while block := file.read(size):
-                rest += block
-                if "\0" in block:
-                    raise UserError(f"{path} is not a text file; give plain UTF-8 text")
+    now = time.monotonic()
+    if not sys.stderr.isatty():
+        if text and now - progress.last > 30:
+            progress.last = now
+            print(printable(text)[:79], file=sys.stderr, flush=True)
+    elif (text and now - progress.last > 0.1) or (progress.shown and not text):
+        progress.last, progress.shown = now, bool(text)
+        print(f"\r{printable(text)[:79]}\x1b[K", end="", file=sys.stderr, flush=True)
 
-                # The last white space that follows a word; the rest waits for the next block.
-                found = re.match(r".*\S(?=[ \t\r\n])", rest, re.DOTALL)
-                cut = found.end() if found else len(rest) - 1
-                yield rest[:cut]
-                rest = rest[cut:]
 
-    except UnicodeDecodeError as e:
-        guess = "utf-16" if e.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        raise UserError(f"{path} is not UTF-8 text; convert it with: iconv -f {guess} -t utf-8 "
-                        f"{path}") from None
-    if not rest:  # what was read always leaves a character
-        raise UserError(f"{path} is empty; give a file with text in it")
-    yield rest
+progress.last, progress.shown = time.monotonic(), False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1134,7 +1318,7 @@ def find_start(init, names, stage):
     found = [path for path in map(Path("checkpoints").joinpath, names) if path.is_file()]
     if not init and not found:
         raise UserError(f"{stage} There is no language model to start from; make one first with: "
-                        "python pretrain.py (two minutes), or python load_gpt2.py (a download)")
+                        "python pretrain.py (a minute), or python load_gpt2.py (a download)")
     return init or found[0]
 
 
@@ -1143,35 +1327,41 @@ def scale_lr(lr, model):
     return lr * max(1.0, 768 / model.cfg["emb_dim"]) ** 2
 
 
+@functools.lru_cache(maxsize=1)
+def shuffled(seed, epoch, n):
+    """The numbers from 0 to n - 1 in a random order, another one in each epoch: (n,)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch))))
+
+
 def beside(out, ending):
     """checkpoints/mine.pt and "-resume.pt" -> checkpoints/mine-resume.pt"""
     return out.with_name(out.stem + ending)
 
 
 def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
-    """Find out before the work, not after, that --out can be written and no input is lost by it.
+    """Find out before the work that --out can be written and nothing is lost. UserError, OSError.
 
-    Raises UserError when --out, or a file beside it, is or lies in an input, or --out is not ours;
-    OSError. With --resume, if the run is complete, says so and exits.
+    With --resume, if the run is complete, says so and exits.
     """
     out, inputs = args.out, {Path(path).resolve() for path in inputs if path}
+    metrics, state = beside(out, ".csv"), beside(out, "-resume.pt")
     for path in [out, *(beside(out, ending) for ending in endings)]:
         # Training reads a folder whole; a conversion (no endings) reads only its known files.
         if path.resolve() in inputs or endings and not inputs.isdisjoint(path.resolve().parents):
-            raise UserError(f"{path} is read by this command and would be overwritten; choose "
-                            "another --out")
-    if out.exists():
+            raise UserError(f"{path} is read by this command; choose another --out")
         try:
-            torch.load(out, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
-        except Exception:  # whatever a foreign file makes torch.load raise
-            raise UserError(f"{out} is no checkpoint of this project; choose another --out, or "
-                            "move it away") from None
-        if args.resume and not beside(out, "-resume.pt").exists():
-            say(f"{out} is complete, or the run was stopped before its first save: there is no "
-                f"{beside(out, '-resume.pt').name} to go on with")
-            sys.exit()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out.parent).close()
+            if path == out and out.exists():
+                torch.load(out, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
+            elif path != state and path.exists():  # was written after the metrics, which begin so:
+                metrics.read_bytes().index(b"step,epoch,train_loss", 0, 21)
+        except Exception:  # whatever a foreign file causes
+            raise UserError(f"{path} is not of this project and would be overwritten; choose "
+                            "another --out, or move it away") from None
+    if args.resume and out.exists() and not state.exists():
+        say("done", f"{out} is complete. To train it further, start a new run from it: "
+            f"--init {out} --out NEW.pt")
+        sys.exit()
+    tempfile.TemporaryFile(dir=next(f for f in out.absolute().parents if f.exists())).close()
 
 
 def process_number():
@@ -1189,179 +1379,175 @@ def sum_over_processes(numbers, device="cpu"):
 
 
 def fingerprint(*parts):
-    """Texts, numbers and lists -> a short hash, to know them by when a run is resumed."""
+    """Texts, numbers, lists and models -> a short hash, to know them by when a run is resumed."""
+    parts = [[p.detach().flatten()[::1009].tolist() for p in part.parameters()]  # enough of it
+             if isinstance(part, nn.Module) else part for part in parts]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def fingerprint_model(model):
-    """A hash to know a model's weights by; every 1009th number is enough."""
-    return fingerprint(*(p.detach().flatten()[::1009].tolist() for p in model.parameters()))
+class Run:
+    """The record of a training run: its metrics, its best model, the state to go on from.
 
-
-@contextlib.contextmanager
-def ctrl_c_waits():
-    """Yield a list that grows with each Ctrl-C, so that a loop can finish its step first."""
-    presses = []
-
-    def press(*_):
-        presses.append(1)
-        if len(presses) > 2:  # a user who insists; torchrun sends one more than was pressed
-            raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGINT, press)
-    try:
-        yield presses
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-class TrainingRun:
-    """What surrounds a training loop: seeds, evaluations, checkpoints, metrics, Ctrl-C, --resume.
-
-    --out gets the model that was best on the validation data, OUT-resume.pt the newest state (until
-    the run is complete), OUT.csv and OUT.png the metrics. A run that is stopped or killed, and then
-    resumed, ends with the same weights as an uninterrupted one (on a CPU): a step's random numbers
-    follow from seed and step. `settings` identifies what the command line only names, such as data.
-    The loop: `for step in run.steps(evaluate): ...; run.record(loss, num_tokens)`.
+    A loop asks when to measure (`due`), tells what was measured (`report`) and that a step is done
+    (`done`). With the command line's `args` it writes --out, the best model on the validation data;
+    OUT-resume.pt, the newest state, where --resume begins; OUT.csv and OUT.png, the metrics.
+    `settings` tells apart runs with equal options, by the contents of their files, say. A
+    learning rate that falls to its end says how long the run is; if it is `constant`, the run can
+    be prolonged. `extras` go into the checkpoint.
     """
 
-    def __init__(self, args, model, tokenizer, optimizers, per_epoch, settings, **extras):
-        self.args, self.model, self.optimizers, self.per_epoch = args, model, optimizers, per_epoch
-        self.device = model.tok_emb.weight.device
-        self.resume_file = beside(args.out, "-resume.pt")
-        self.save_best = lambda: save_checkpoint(args.out, model, tokenizer, **extras)
-        self.tokens, self.seconds = 0, 1e-9  # since this start
-        self.total_steps = min((args.epochs or math.inf) * per_epoch, args.max_steps or math.inf)
-        self.settings = {name: str(value) for name, value in {**vars(args), **settings}.items()
-                         if name not in ("out", "resume", "device")}
+    def __init__(self, total_steps, args=None, model=None, optimizers=(), tokenizer=None,
+                 settings=None, constant=True, **extras):
+        self.total_steps, self.args, self.constant = total_steps, args, constant
+        self.model, self.optimizers, self.tokenizer = model, optimizers, tokenizer
+        self.extras = extras
+        self.step, self.losses, self.rows = 0, [], []  # the state, with weights and averages
+        self.device = "cpu" if model is None else model.tok_emb.weight.device
+        self.writes = args is not None and process_number()[0] == 0
+        if args:
+            # A path may change between two starts: what its file holds is in `settings`.
+            given = {name: value for name, value in vars(args).items()
+                     if not isinstance(value, (Path, list))
+                     and name not in ("resume", "device", "epochs", "max_steps")}
+            self.settings = {n: str(value) for n, value in {**given, **(settings or {})}.items()}
+            self.resume_file = beside(args.out, "-resume.pt")
+            dtype = str(pick_dtype(args.dtype, self.device)).removeprefix("torch.")
+            say("run", f"{total_steps:,} steps of {args.batch_size} x {args.grad_accum}, learning "
+                f"rate {args.lr:g}, {self.device}, {dtype}")
+            if args.resume and self.resume_file.exists():
+                self.load()
 
-        # What changes as it runs; `losses` are those since the last evaluation.
-        self.state = {"step": 0, "losses": [], "rows": []}
-        if args.resume and self.resume_file.exists():
-            self.load_state()
+        # What this start has done, in seconds without evaluations.
+        self.first_step, self.tokens, self.seconds = self.step, 0, 1e-9
+        self.clock = self.saved_at = time.monotonic()
+        self.header_shown = False
 
-    def steps(self, evaluate):
-        """Yield the number of each step that is to be done; evaluate and save in between."""
-        state, progress, args = self.state, Progress(self.total_steps, None), self.args
-        say(f"run      {self.total_steps:,} steps of {args.batch_size} x {args.grad_accum}, "
-            f"learning rate {args.lr:g}, {self.device}, {pick_dtype(args.dtype, self.device)}")
-        if state["step"] == 0:
-            self.evaluate(evaluate)
-        with ctrl_c_waits() as self.presses, contextlib.closing(progress):
-            while state["step"] < self.total_steps:
-                torch.manual_seed(hash((args.seed, state["step"], process_number()[0])))
-                self.model.train()
-                start = time.monotonic()
-                yield state["step"]
+    def due(self, every):
+        """Is it time to measure? Before the first step, after each `every` and after the last."""
+        measured = self.rows and self.rows[-1]["step"] == self.step
+        return not measured and (self.step % every == 0 or self.step >= self.total_steps)
 
-                # The loop has done the step.
-                self.seconds += time.monotonic() - start
-                state["step"] += 1
-                text = f"step {state['step']} | loss {state['losses'][-1]:.3f} | "
-                progress.update(state["step"], f"{text}{self.tokens / self.seconds:,.0f} tokens/s")
+    def report(self, epoch, sample=None, **values):
+        """Add a row of numbers, such as val_loss, to the metrics; print it; write all files.
 
-                # Evaluate when it is due; save then, and after Ctrl-C.
-                due = state["step"] % args.eval_every == 0 or state["step"] == self.total_steps
-                if due or self.pressed:
-                    progress.close()
-                    if due:
-                        self.evaluate(evaluate)
-                    self.save_state()
-                if self.pressed:
-                    say(f"step {state['step']} is saved; go on with the same command and --resume")
-                    raise KeyboardInterrupt
+        Raises UserError when the loss is not finite.
+        """
+        self.check(values["val_loss"])
+        loss = sum(self.losses) / len(self.losses) if self.losses else None
+        self.rows.append({"step": self.step, "epoch": epoch, "train_loss": loss, **values})
+        self.losses = []
 
-    def rows_of_step(self, step, num_rows):
-        """The numbers of a step's rows: each epoch is a new shuffle, known from the seed."""
-        epoch, k = divmod(step, self.per_epoch)
-        per_step = self.args.batch_size * self.args.grad_accum
-        return shuffle(self.args.seed, epoch, num_rows)[k * per_step:(k + 1) * per_step]
-
-    def record(self, loss, tokens):
-        """Called in each step, with this process's share of the mean loss and of the tokens."""
-        loss, tokens, self.pressed = sum_over_processes(
-            [float(loss), tokens, len(self.presses)], self.device)
-        self.state["losses"].append(self.finite(loss))
-        self.tokens += tokens
-
-    def finite(self, loss):
-        """The loss itself. Raises UserError when training has gone astray."""
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} after step {self.state['step']}; what was saved "
-                            f"is kept. Start anew with a lower --lr than {self.args.lr:g}")
-        return loss
-
-    def evaluate(self, evaluate):
-        """Add a row to the metrics and print it; save the model if it is the best so far."""
-        state, losses = self.state, self.state["losses"]
-        self.model.eval()
-        row = {"step": state["step"], "epoch": state["step"] / self.per_epoch,
-               "train_loss": sum(losses) / len(losses) if losses else None, **evaluate()}
-        sample = row.pop("sample", None)
-        self.finite(row["val_loss"])
-        say(" | ".join(f"{name.replace('_', ' ')} {value:.{0 if name == 'step' else 3}f}"
-                       for name, value in row.items() if value is not None))
+        # A line of a table, with its header before the first.
+        progress("")
+        header, line = "", ""
+        for name, value in self.rows[-1].items():
+            width, digits = max(9, len(name) + 2), 0 if name == "step" else 3
+            cell = "-" if value is None else f"{value:,.{digits}f}"
+            header += f"{name.replace('_', ' '):>{width}}"
+            line += f"{cell:>{width}}"
+        print(line if self.header_shown else f"{header}\n{line}")
+        self.header_shown = True
         if sample:
-            say(f"    {sample}")
-        state["rows"].append(row)
-        state["losses"] = []
+            say("", "\n".join(textwrap.wrap(" ".join(sample.split())[:140], 70)))
 
-        # Best is the highest accuracy, where there is one, then the lowest loss; step 0 is out.
-        best = max(state["rows"][1:], default=None,
+        # The state first: what is not written yet follows from it.
+        if self.writes:
+            self.save()
+            self.write_what_follows()
+        self.clock = time.monotonic()
+
+    def write_what_follows(self):
+        """Write the model, if it is the best so far, and the metrics. Raises UserError."""
+        # The best has the highest accuracy, if there is one, and then the lowest loss.
+        best = max(self.rows[1:], default=None,
                    key=lambda row: (row.get("val_accuracy", 0), -row["val_loss"]))
-        if best is row and process_number()[0] == 0:
-            self.save_best()
+        if best and best["step"] == self.step:
+            save_checkpoint(self.args.out, self.model, self.tokenizer, **self.extras)
+        elif best and not self.args.out.exists():
+            raise UserError(f"the best model so far, {self.args.out}, is gone; put it back")
+        write_metrics(self.rows, self.args.out)
 
-    def save_state(self):
-        """Write the metrics, then all that a resumed run needs."""
-        if process_number()[0] == 0:
-            write_metrics(self.state["rows"], self.args.out)
-            trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-            with write_atomically(self.resume_file) as part:
-                torch.save({"state": self.state, "settings": self.settings, "weights": trained,
-                            "optimizers": optimizers}, part)
+    def done(self, loss, tokens):
+        """A step is done, with this process's share of the mean loss and of the tokens."""
+        loss, tokens = sum_over_processes([float(loss), tokens], self.device)
+        self.step += 1
+        self.losses.append(loss)
+        self.check(loss)
 
-    def load_state(self):
+        # How fast it goes, and how long it will take.
+        self.tokens += tokens
+        self.seconds += time.monotonic() - self.clock
+        self.clock = time.monotonic()
+        left = int(self.seconds / (self.step - self.first_step) * (self.total_steps - self.step))
+        progress(f"step {self.step:,} of {self.total_steps:,} | loss {loss:.3f} | "
+                 f"{self.tokens / self.seconds:,.0f} tokens/s | {left // 60}:{left % 60:02d} left")
+        if self.writes and self.clock - self.saved_at > 300:
+            self.save()
+
+    def check(self, loss):
+        """Raises UserError when training has gone astray."""
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} after step {self.step}; what was saved is kept. "
+                            "Start anew with a lower learning rate (--lr)")
+
+    def weights(self):
+        """What learns: {name: tensor}."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def save(self):
+        """Write all that a resumed run needs: what learns, the optimizers' averages, the rows."""
+        with write_atomically(self.resume_file) as part:
+            torch.save({"step": self.step, "losses": self.losses, "rows": self.rows,
+                        "total_steps": self.total_steps, "settings": self.settings,
+                        "weights": self.weights(),
+                        "optimizers": [o.state_dict() for o in self.optimizers]}, part)
+        self.saved_at = time.monotonic()
+
+    def load(self):
         """Go on where OUT-resume.pt stands. Raises UserError when it is of another run."""
-        saved = torch.load(self.resume_file, map_location="cpu", weights_only=True)
-        other = dict(self.settings.items() - saved["settings"].items())
-        if other:
-            raise UserError(f"{self.resume_file} is of a run with another --"
-                            f"{min(other).replace('_', '-')}; repeat its command, or leave out "
-                            "--resume")
-        self.state = saved["state"]
-        self.model.load_state_dict(saved["weights"], strict=False)
-        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        say(f"resumed  after step {self.state['step']:,}")
+        try:
+            saved = torch.load(self.resume_file, map_location="cpu", weights_only=True)
+            other = dict(self.settings.items() - saved["settings"].items())
+            if other:
+                raise ValueError(f"it is of a run with another --{min(other).replace('_', '-')}")
+            if saved["total_steps"] != self.total_steps and not self.constant:
+                raise ValueError(f"its learning rate falls towards step {saved['total_steps']:,}; "
+                                 f"for more, start a new run with --init {self.args.out}")
+            self.step, self.losses, self.rows = int(saved["step"]), saved["losses"], saved["rows"]
+            for name, weight in self.weights().items():
+                weight.copy_(saved["weights"][name])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if self.writes:
+                self.write_what_follows()  # the run may have been killed before it had done this
+        except Exception as e:  # also whatever a changed file makes of the lines above
+            raise UserError(f"{self.resume_file} cannot be used: {e!s:.200}. Repeat the run's own "
+                            "command, or leave out --resume") from None
+        say("resumed", f"after step {self.step:,}")
 
     def finish(self):
-        """Say how it went, with the validation loss as a line, and drop the state: all is done."""
-        losses = [row["val_loss"] for row in self.state["rows"]]
+        """Say how it went, with the validation loss as a line of blocks; drop a state of no use."""
+        losses = [row["val_loss"] for row in self.rows]
         low, span = min(losses), max(losses) - min(losses) or 1.0
-        marks = shades("▁▂▃▄▅▆▇█", ".:-=+*#@")
-        curve = "".join(marks[round(7 * (loss - low) / span)] for loss in losses)
-        say(f"val loss {curve} from {losses[0]:.3f} to {losses[-1]:.3f}, lowest {low:.3f}")
-        say(f"time     {self.seconds:,.0f} s, {self.tokens / self.seconds:,.0f} tokens/s")
-        say(f"saved    {self.args.out}, the best on the validation data")
-        if process_number()[0] == 0:  # the others are done before the first has saved
+        curve = "".join("▁▂▃▄▅▆▇█"[round(7 * (loss - low) / span)] for loss in losses[-30:])
+        say("val loss", f"{curve} from {losses[0]:.3f} to {losses[-1]:.3f}, lowest {low:.3f}")
+        say("time", f"{self.seconds:,.0f} s, {self.tokens / self.seconds:,.0f} tokens/s")
+        say("saved", f"{self.args.out}, the best on the validation data")
+        if self.constant:
+            say("state", f"{self.resume_file}: --resume with more --epochs or --max-steps goes on "
+                "from it; else delete it")
+        elif self.writes:
             self.resume_file.unlink(missing_ok=True)
-
-
-@functools.lru_cache(maxsize=1)
-def shuffle(seed, epoch, num_rows):
-    """The row numbers of an epoch in a random order."""
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 def write_metrics(rows, out):
     """Write OUT.csv and, if matplotlib is installed, OUT.png with the losses over the steps."""
-    with open(beside(out, ".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    with contextlib.suppress(ImportError):
+    try:
+        with (write_atomically(beside(out, ".csv")) as part,
+              open(part, "w", newline="", encoding="utf-8") as file):
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
         from matplotlib.figure import Figure
         axes = Figure().subplots()
         for name in ("train_loss", "val_loss"):
@@ -1369,35 +1555,23 @@ def write_metrics(rows, out):
         axes.set(xlabel="step", ylabel="loss (nats)")
         axes.legend()
         axes.figure.savefig(beside(out, ".png"), dpi=120)
+    except ImportError:
+        pass
+    except Exception as e:  # a picture is not worth a run
+        say("metrics", f"not written: {e!s:.200}")
 
 
 # ---------------------------------------------------------------------------------------------
 # The command: looking inside, and writing.
 
-@torch.no_grad()
-def attention_weights(model, idx, layer):
-    """Who looks at whom: (1, T) token IDs -> (H, T, T), in each head a row per query.
-
-    `MultiHeadAttention` computes the same weights but never shows them.
-    """
-    block, T = model.trf_blocks[layer], idx.shape[1]
-    x = model.tok_emb(idx) + model.pos_emb(torch.arange(T, device=idx.device))
-    x = block.norm1(model.trf_blocks[:layer](x))
-    queries = block.att.split_heads(block.att.W_query(x))[0]              # (H, T, D)
-    keys = block.att.split_heads(block.att.W_key(x))[0]
-    attn_scores = queries @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
-    future = torch.ones(T, T, device=idx.device).triu(diagonal=1).bool()
-    return torch.softmax(attn_scores.masked_fill(future, -torch.inf), dim=-1)
-
-
 def explain(model, tokenizer, idx, layer, head, top_k, top_p):
     """Print a prompt's tokens, the likeliest next ones, and who looks at whom."""
     def show(token):
-        return repr(token_ids_to_text(torch.tensor([token]), tokenizer))
+        return printable(repr(token_ids_to_text(torch.tensor([token]), tokenizer)))
 
     tokens = idx[0].tolist()
-    say(f"{len(tokens)} tokens, each with its ID")
-    say("  " + " ".join(f"{show(token)} {token}" for token in tokens))
+    print(f"{len(tokens)} tokens, each with its ID")
+    print(wrap("   ".join(f"{show(token)} {token}" for token in tokens), "  ", "  "))
 
     # The same scores at three temperatures, and which tokens the other two choices would keep.
     with torch.no_grad():
@@ -1405,35 +1579,40 @@ def explain(model, tokenizer, idx, layer, head, top_k, top_p):
     probs = [next_token_probs(logits, temperature)[0] for temperature in (0.5, 1.0, 1.5)]
     kept = {"k": next_token_probs(logits, top_k=top_k)[0],
             "p": next_token_probs(logits, top_p=top_p)[0]}
-    say(f"\nThe likeliest next tokens; k: kept by top-k {top_k}, p: kept by top-p {top_p:g}")
-    say(" " * 16 + "temperature 0.5  temperature 1    temperature 1.5  kept at 1")
+    print(f"\nThe likeliest next tokens; k: kept by top-k {top_k}, p: kept by top-p {top_p:g}")
+    print(" " * 16 + "temperature 0.5  temperature 1    temperature 1.5  kept at 1")
     for token in logits[0].topk(min(8, logits.shape[-1])).indices.tolist():
         shares = [p[token].item() for p in probs]
-        columns = "".join(f"{shades('█', '#') * round(8 * p):8s} {p:6.1%}  " for p in shares)
+        columns = "".join(f"{'█' * round(8 * p):8s} {p:6.1%}  " for p in shares)
         marks = " ".join(name for name, p in kept.items() if p[token] > 0)
-        say(f"  {show(token):14.14s}{columns}{marks}")
+        print(f"  {show(token):14.14s}{columns}{marks}".rstrip())
 
     # A row per token, its weights as shades: the fullest is the row's largest.
-    weights = attention_weights(model, idx, layer)
-    weights = weights.mean(dim=0) if head is None else weights[head]
-    which = "all heads" if head is None else f"head {head}"
-    marks = shades(" ░▒▓█", " .:=#")
+    weights, which = attention_weights(model, idx, layer).mean(dim=0), "all heads"
+    if head is not None:
+        weights, which = attention_weights(model, idx, layer)[head], f"head {head}"
     first = max(0, len(tokens) - 30)
-    say(f"\nWho looks at whom: layer {layer}, {which}. A row shows what its token looks at")
-    say(" " * 18 + "".join(f"{i % 100:2d}" for i in range(first, len(tokens))))
+    print(f"\nWho looks at whom: layer {layer}, {which}. A row shows what its token looks at")
+    print(" " * 18 + "".join(f"{i % 100:2d}" for i in range(first, len(tokens))))
     for i in range(first, len(tokens)):
         row = weights[i, first:i + 1]
-        shaded = "".join(2 * marks[round(4 * share)] for share in (row / row.max()).tolist())
-        say(f"  {i:3d} {show(tokens[i]):12.12s}{shaded}")
+        shaded = "".join(2 * " ░▒▓█"[round(4 * share)] for share in (row / row.max()).tolist())
+        print(f"  {i:3d} {show(tokens[i]):12.12s}{shaded}")
 
 
-def print_stream(stream, tokenizer, presses=()):
-    """Print the tokens of `generate_stream` as text while they come, up to the end of text.
+def decode_stream(tokens, tokenizer):
+    """Token IDs one by one -> pieces of text; a character of several tokens comes out whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        if token < tokenizer.n_vocab:
+            yield decoder.decode(tokenizer.decode_bytes([int(token)]))
+    yield decoder.decode(b"", final=True)
 
-    A Ctrl-C in `presses` ends it too. Returns the list of tokens.
-    """
-    tokens = (int(row[0]) for row in stream)
-    tokens = itertools.takewhile(lambda i: not presses and i != tokenizer.eot_token, tokens)
+
+def print_stream(stream, tokenizer):
+    """Print `generate_stream`'s tokens as text, up to the end of text -> the list of tokens."""
+    tokens = itertools.takewhile(lambda token: token != tokenizer.eot_token,
+                                 (int(row[0]) for row in stream))
     shown, returned = itertools.tee(tokens)
     for piece in decode_stream(shown, tokenizer):
         print(printable(piece), end="", flush=True)
@@ -1442,17 +1621,16 @@ def print_stream(stream, tokenizer, presses=()):
 
 
 def main(argv=None):
-    """The walk without --checkpoint, --prompt or --explain; else write or explain."""
+    """The walk, or text from a checkpoint, or what the model sees and expects."""
     parser = ArgumentParser(description="A walk through the model; or text from a checkpoint.")
     arg = parser.add_argument
-    arg("--checkpoint", type=Path, help="the model (with --prompt: checkpoints/pretrained.pt)")
+    arg("--checkpoint", type=path, help="the model (with --prompt: checkpoints/pretrained.pt)")
     arg("--prompt", help="text to continue; with --checkpoint alone, a new document begins")
     arg("--max-new-tokens", type=positive_int, default=200, help="when to stop")
     arg("--temperature", type=non_negative_float, default=0.8, help="0: always the likeliest token")
     arg("--top-k", type=positive_int, help="choose among the k likeliest tokens")
     arg("--top-p", type=probability, help="choose among the likeliest that reach this probability")
 
-    # What --explain shows.
     arg("--explain", action="store_true", help="show tokens, next tokens and attention instead")
     arg("--layer", type=int, default=-1, help="whose attention, from 0; -1 is the last")
     arg("--head", type=int, help="which head, from 0; default: the mean of all")
@@ -1463,15 +1641,16 @@ def main(argv=None):
 
     # Load, then explain or write.
     device = pick_device(args.device)
-    path = args.checkpoint or Path("checkpoints") / "pretrained.pt"
-    model, tokenizer, _ = load_checkpoint(path, device)
+    checkpoint = args.checkpoint or Path("checkpoints") / "pretrained.pt"
+    model, tokenizer, _ = load_checkpoint(checkpoint, device)
     context, L, H = (model.cfg[name] for name in ("context_length", "n_layers", "n_heads"))
-    idx = text_to_token_ids(args.prompt or "<|endoftext|>", tokenizer).to(device)
+    idx = text_to_token_ids(args.prompt or END_OF_TEXT, tokenizer).to(device)
     if args.explain:
         if not -L <= args.layer < L or not 0 <= (args.head or 0) < H:
-            raise UserError(f"{path} has {L} layers and {H} heads, counted from 0")
-        return explain(model, tokenizer, idx[:, -context:], args.layer % L, args.head,
-                       args.top_k or 5, args.top_p or 0.9)
+            raise UserError(f"{checkpoint} has {L} layers and {H} heads, counted from 0")
+        explain(model, tokenizer, idx[:, -context:], args.layer % L, args.head, args.top_k or 5,
+                args.top_p or 0.9)
+        return model, tokenizer
 
     model.to(pick_dtype(args.dtype, device))
     print(printable(args.prompt or ""), end="", flush=True)
@@ -1481,6 +1660,7 @@ def main(argv=None):
         tokenizer.eot_token, args.top_p, seed=args.seed), tokenizer)
     speed = len(tokens) / (time.monotonic() - start)
     print(f"{len(tokens)} tokens, {speed:.1f} tokens/s", file=sys.stderr)
+    return model, tokenizer
 
 
 if __name__ == "__main__":

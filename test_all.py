@@ -23,6 +23,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unittest
@@ -35,12 +36,6 @@ ROOT = Path(__file__).resolve().parent
 os.environ["TIKTOKEN_CACHE_DIR"] = str(ROOT / "data" / "tiktoken")
 os.environ["NO_PROXY"] = "127.0.0.1"
 
-import numpy as np
-import requests
-import tiktoken
-import torch
-import torch.nn.functional as F
-
 import finetune_classifier as clf
 import finetune_instruct as instruct
 import gpt
@@ -48,6 +43,12 @@ import load_gpt2
 import pretrain
 import tokenizer as tok
 from gpt import GPT_CONFIG_124M, GPTModel, UserError, generate, generate_text_simple
+
+import numpy as np
+import requests
+import tiktoken
+import torch
+import torch.nn.functional as F
 
 SCRIPTS = {f"{module.__name__}.py": module
            for module in (tok, gpt, pretrain, load_gpt2, clf, instruct)}
@@ -89,10 +90,12 @@ def call(command):
     script, *argv = shlex.split(command)
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()) as err:
+        status = 0
         try:
             gpt.run_main(lambda: SCRIPTS[script].main(argv))
         except SystemExit as e:
-            return e.code or 0, out.buffer.getvalue().decode(), err.getvalue()
+            status = e.code or 0
+    return status, out.buffer.getvalue().decode(), err.getvalue()
 
 
 def quietly(function, *args, **options):
@@ -189,6 +192,7 @@ class TestModel(unittest.TestCase):
                 (123, lambda: gpt.attention_without_weights(x), [0.4419, 0.6515, 0.5683]),
                 (123, lambda: gpt.SelfAttention_v1(3, 2)(x), [0.3061, 0.8210]),
                 (789, lambda: gpt.SelfAttention_v2(3, 2)(x), [-0.0748, 0.0703]),
+                (123, lambda: gpt.CausalAttention(3, 2, 6, 0.0)(batch)[1], [-0.5874, 0.0058]),
                 (123, lambda: gpt.MultiHeadAttentionWrapper(3, 2, 6, 0.0, num_heads=2)(batch)[1],
                  [-0.5874, 0.0058, 0.5891, 0.3257]),
                 (123, lambda: gpt.MultiHeadAttention(3, 2, 6, 0.0, num_heads=2)(batch)[1],
@@ -197,16 +201,6 @@ class TestModel(unittest.TestCase):
             journey = rung()[1]
             torch.testing.assert_close(journey, torch.tensor(expected), atol=1e-4, rtol=0)
 
-    def test_fast_attention_equals_the_wrapper_with_equal_weights(self):
-        wrapper = gpt.MultiHeadAttentionWrapper(6, 2, 5, 0.0, num_heads=3)
-        fast = gpt.MultiHeadAttention(6, 6, 5, 0.0, num_heads=3)
-        fast.out_proj = torch.nn.Identity()
-        for name in ("W_query", "W_key", "W_value"):
-            stacked = torch.cat([getattr(head, name).weight for head in wrapper.heads])
-            getattr(fast, name).weight.data = stacked
-        x = torch.randn(2, 5, 6)
-        torch.testing.assert_close(fast(x), wrapper(x))
-
     def test_the_book_s_model_number_for_number(self):
         torch.manual_seed(123)
         model = GPTModel(GPT_CONFIG_124M).eval()
@@ -214,7 +208,7 @@ class TestModel(unittest.TestCase):
         idx = torch.tensor([[15496, 11, 314, 716]])                   # "Hello, I am"
         expected = [27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657]
         self.assertEqual(generate_text_simple(model, idx, 10, 1024)[0, 4:].tolist(), expected)
-        self.assertEqual(generate(model, idx, 10, 1024)[0, 4:].tolist(), expected)
+        self.assertEqual(generate(model, idx, 10)[0, 4:].tolist(), expected)
 
     def test_published_sizes_have_the_published_parameter_counts(self):
         for size, count in {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080,
@@ -242,7 +236,8 @@ class TestModel(unittest.TestCase):
     def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(self):
         model, idx = tiny_model(tie_embeddings=True), torch.randint(0, 257, (2, 9))
         before, names = model(idx), model.state_dict().keys()
-        gpt.replace_linear_with_lora(model, rank=4, alpha=8)
+        for _ in range(2):                                             # the second wraps no more
+            gpt.replace_linear_with_lora(model, rank=4, alpha=8)
         self.assertTrue(torch.equal(model(idx), before))
         self.assertIs(model.out_head.weight, model.tok_emb.weight)     # a tied head is left alone
         for name, p in model.named_parameters():
@@ -264,41 +259,55 @@ class TestModel(unittest.TestCase):
 
 
 class TestGeneration(unittest.TestCase):
-    def test_cache_gives_the_plain_loop_s_tokens_also_past_the_context_window(self):
+    def test_cache_gives_the_plain_loop_s_tokens_also_past_the_context(self):
         model = tiny_model(context_length=16, drop_rate=0.5)
-        for length, context_size in ((7, 16), (7, 8), (7, 100), (40, 16)):
+        for length, context_size in ((7, 16), (7, 8), (7, None), (7, 100), (40, 16)):
             idx = torch.randint(0, 257, (3, length))
-            expected = generate_text_simple(model.eval(), idx, 20, min(context_size, 16))
+            expected = generate_text_simple(model.eval(), idx, 20, min(context_size or 16, 16))
             torch.testing.assert_close(generate(model.train(), idx, 20, context_size), expected)
             self.assertTrue(model.training)           # dropout was off and is put back
 
-    def test_several_tokens_onto_a_filled_cache_see_all_before_and_none_after(self):
-        model, idx = tiny_model(), torch.randint(0, 257, (2, 12))
-        cache = gpt.KVCache(model, 2, 16)
-        parts = [model.hidden_states(part, cache) for part in idx.split([5, 1, 6], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden_states(idx))
-
     def test_each_row_of_a_batch_begins_and_ends_where_it_would_alone(self):
-        model, ends = tiny_model(), set()
-        model.out_head.weight.data[256] *= 4         # so that the end of text, 256, is often likely
+        torch.manual_seed(0)
         prompts = [torch.randint(0, 256, (n,)) for n in (3, 9, 1, 6, 4, 5, 2, 7)]
-        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=99)
-        together = generate(model, padded, 20, 64, eos_id=256,
-                            lengths=torch.tensor([len(p) for p in prompts]))[:, 9:]
-        for row, prompt in zip(together.tolist(), prompts):
-            alone = generate_text_simple(model, prompt[None], 20, 64)[0, len(prompt):].tolist()
-            end = [*alone, 256].index(256)
-            self.assertEqual(row, (alone[:end] + [256] * 20)[:len(row)])
-            ends.add(end)
-        self.assertGreater(len(ends), 3)
-        self.assertEqual(len(row), min(20, max(ends) + 1))             # when all have ended
+        padding = torch.tensor([9 - len(prompt) for prompt in prompts])
+        padded = torch.stack([F.pad(prompt, (9 - len(prompt), 0), value=99) for prompt in prompts])
 
-    def test_a_single_row_is_multiplied_as_many_rows_are(self):
+        def alone(model, prompt, context):
+            return generate_text_simple(model, prompt[None], 20, context)[0, len(prompt):].tolist()
+
+        for context in (64, 12):                         # 12: the window slides, row by row
+            model = tiny_model(spread=0.3, context_length=context)
+            together = generate(model, padded, 20, padding=padding)[:, 9:].tolist()
+            self.assertEqual(together, [alone(model, prompt, context) for prompt in prompts])
+
+        # A row that has ended is filled; when all have ended, generation stops.
+        model, ends = tiny_model(), []
+        model.out_head.weight.data[256] *= 4             # so that the end of text is often likely
+        together = generate(model, padded, 20, eos_id=256, padding=padding)[:, 9:].tolist()
+        for row, prompt in zip(together, prompts):
+            expected = alone(model, prompt, 64)
+            ends.append([*expected, 256].index(256))
+            self.assertEqual(row, (expected[:ends[-1]] + [256] * 20)[:len(row)])
+        self.assertGreater(len(set(ends)), 3)
+        self.assertEqual(len(row), min(20, max(ends) + 1))
+
+    def test_a_prompt_may_be_a_list_or_of_any_whole_numbers(self):
+        model, expected = tiny_model(), generate_text_simple(
+            tiny_model(), torch.tensor([[5, 6, 7]]), 4, 64)
+        for prompt in ([5, 6, 7], [[5, 6, 7]], torch.tensor([5, 6, 7]), np.array([5, 6, 7]),
+                       torch.tensor([[5, 6, 7]], dtype=torch.int32)):
+            self.assertTrue(torch.equal(generate(model, prompt, 4), expected))
+
+    def test_a_single_row_is_multiplied_as_torch_does(self):
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
-            layer, x = gpt.Linear(300, 77).to(dtype), torch.randn(4, 300).to(dtype)
-            with torch.no_grad():
-                single = torch.cat([layer(row[None]) for row in x])
-                torch.testing.assert_close(single, layer(x), atol=tolerance, rtol=tolerance)
+            for outputs, bias in ((77, True), (1, True), (64, False)):
+                plain = torch.nn.Linear(300, outputs, bias=bias).to(dtype)
+                fast = gpt.SingleRowLinear(300, outputs, bias=bias).to(dtype)
+                fast.load_state_dict(plain.state_dict())
+                for shape in ((1, 300), (1, 1, 300), (300,), (4, 300)):
+                    x = torch.randn(shape).to(dtype)
+                    torch.testing.assert_close(fast(x), plain(x), atol=tolerance, rtol=tolerance)
 
     def test_sampling_follows_temperature_top_k_and_top_p(self):
         logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
@@ -313,6 +322,24 @@ class TestGeneration(unittest.TestCase):
         shares = torch.bincount(drawn, minlength=4) / len(drawn)
         torch.testing.assert_close(shares, logits.exp()[0], atol=0.015, rtol=0)
         self.assertEqual(gpt.sample_next(logits, 0.0).tolist(), [0])
+
+    def test_a_seed_makes_sampling_repeatable_and_leaves_torch_s_own_alone(self):
+        model, state = tiny_model(), torch.get_rng_state()
+        first, again, other = (generate(model, [1], 20, temperature=1.0, seed=seed).tolist()
+                               for seed in (4, 4, 5))
+        self.assertEqual(first, again)
+        self.assertNotEqual(first, other)
+        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+
+    def test_attention_weights_are_the_model_s_own(self):
+        model, idx = tiny_model(spread=0.3), torch.randint(0, 257, (1, 9))
+        att_weights = gpt.attention_weights(model, idx, layer=0)               # (H, T, T)
+        torch.testing.assert_close(att_weights.tril().sum(dim=-1), torch.ones(2, 9))
+        block = model.trf_blocks[0]
+        x = block.norm1(model.tok_emb(idx) + model.pos_emb(torch.arange(9)))
+        values = block.att.W_value(x)[0].unflatten(-1, (2, 8)).transpose(0, 1)  # (H, T, D)
+        context_vec = (att_weights @ values).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(block.att.out_proj(context_vec), block.att(x)[0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -332,12 +359,24 @@ class TestCheckpoint(InFolder):
         self.assertTrue(torch.equal(again(idx), model(idx)))           # without dropout
         self.assertIs(again.out_head.weight, again.tok_emb.weight)
 
-        # A classifier's head is its own; the embedding stays as it was.
-        gpt.replace_head(model, 3)
-        gpt.save_checkpoint("c.pt", model, tokenizer, class_names=list("abc"))
+        # Class names may be numbers, as numpy and pandas have them.
+        clf.replace_head(model, 3)
+        gpt.save_checkpoint("c.pt", model, tokenizer, class_names=np.unique([7, 9, 8, 7]))
         classifier, _, extras = gpt.load_checkpoint("c.pt", kind="classifier")
-        self.assertEqual((classifier(idx).shape, extras["class_names"]), ((1, 9, 3), list("abc")))
-        self.assertTrue(torch.equal(classifier.tok_emb.weight, again.tok_emb.weight))
+        self.assertEqual((classifier(idx).shape, extras["class_names"]), ((1, 9, 3), list("789")))
+
+    def test_what_could_not_be_loaded_is_not_saved(self):
+        infinite, model = tiny_model(), tiny_model()
+        infinite.out_head.weight.data[3, 3] = math.inf
+        for words, unfit, tokenizer, extras in [
+                ("tiktoken", model, object(), {}), ("not finite", infinite, BYTES, {}),
+                ("more tokens", tiny_model(vocab_size=100), BYTES, {}),
+                ("not float32", tiny_model().to(torch.bfloat16), BYTES, {}),
+                ("Unsupported|weights_only", model, BYTES, {"accuracy": np.float64(0.5)}),
+                ("size mismatch", model, BYTES, {"class_names": ["ham", "spam"]})]:
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                gpt.save_checkpoint("new.pt", unfit, tokenizer, **extras)
+            self.assertEqual(list(Path().glob("new*")), [])
 
     def test_a_foreign_or_broken_file_is_one_sentence_with_what_makes_a_fit_one(self):
         class Evil:
@@ -346,86 +385,167 @@ class TestCheckpoint(InFolder):
 
         good = torch.load("tiny.pt", weights_only=True)
         broken = {**good["model"], "final_norm.scale": torch.full((16,), math.nan)}
+        ranks = gpt.ranks_to_text({bytes([i]): i for i in range(256)})
         self.write("cut.pt", Path("tiny.pt").read_bytes()[:5000])
         for number, changes in enumerate([
                 {"kind": Evil()}, {"kind": "classifier"}, {"model": {}}, {"model": broken},
-                {"tokenizer": "text.txt"}, {"tokenizer": {"pat_str": ".", "tokens": ["AA=="]}},
+                {"tokenizer": "text.txt"}, {"tokenizer": {"pat_str": ".", "ranks": "AA== 0"}},
+                *({"tokenizer": {"pat_str": pattern, "ranks": ranks}} for pattern in ("a*", "(")),
                 *({"config": {**good["config"], **change}} for change in (
-                    {"n_heads": 0}, {"n_heads": 3}, {"n_layers": 10**7}, {"emb_dim": 32},
-                    {"vocab_size": 9}))]):
+                    {"n_heads": 0}, {"n_layers": 10**7}, {"emb_dim": 32}, {"vocab_size": 9}))]):
             torch.save({**good, **changes}, f"{number}.pt")
         for path in {*Path().iterdir()} - {Path("tiny.pt")} | {Path("none.pt")}:
             with self.subTest(path=path), self.assertRaisesRegex(
-                    UserError, r"\A[^\n]*checkpoint[^\n]*python pretrain.py\Z"):
-                gpt.load_checkpoint(path)
+                    UserError, r"\A[^\n]{,250}checkpoint[^\n]{,250}python maker.py\Z"):
+                gpt.load_checkpoint(path, maker="maker.py")
         self.assertFalse(Path("owned").exists())
 
-    def test_a_failed_write_keeps_the_old_file(self):
+    def test_a_failed_write_keeps_the_old_file_and_files_of_killed_runs_vanish(self):
         before = Path("tiny.pt").read_bytes()
+        for name in ("tiny.pt.1.tmp", "tiny.pt.2.tmp", "mine.tmp"):
+            self.write(name, "half a checkpoint")
+        os.utime("tiny.pt.1.tmp", (0, 0))             # nobody has written to it for long
         with mock.patch("torch.save", side_effect=OSError(28, "No space left on device")):
             with self.assertRaises(OSError):
                 gpt.save_checkpoint("tiny.pt", tiny_model(), BYTES)
-        self.assertEqual((Path("tiny.pt").read_bytes(), list(Path().glob("*.tmp"))), (before, []))
+        self.assertEqual(Path("tiny.pt").read_bytes(), before)
+        self.assertEqual({*Path().glob("*.tmp")}, {Path("tiny.pt.2.tmp"), Path("mine.tmp")})
+
+
+class TestTexts(InFolder):
+    def pieces(self, content, size, name="t.txt"):
+        self.write(name, content)
+        return list(gpt.read_pieces(name, size))
+
+    def test_the_mark_divides_documents_whatever_the_size_of_the_pieces(self):
+        mark, r = gpt.END_OF_TEXT, random.Random(1)
+        words = ["the", "cat", "<b>", "said:", "\n", "x>y", "<|", "12", "naïve", "漢字漢字"]
+        documents = [" ".join(r.choices(words, k=30)).strip() for _ in range(60)]
+        for space in ("\n", " \n\n", ""):
+            content = f"{space}{mark}{space}".join(documents)
+            for size in (10, 50, 1000):
+                pieces = self.pieces(content, size)
+                self.assertEqual("".join(pieces), mark.join(documents))
+                self.assertEqual("".join(pieces).count(mark), sum(p.count(mark) for p in pieces))
+                ids = [i for p in pieces for i in BYTES.encode(p, allowed_special="all")]
+                self.assertEqual(ids.count(BYTES.eot_token), 59)
+
+    def test_pieces_are_the_whole_text_and_cut_where_its_tokens_are(self):
+        text = "Some words, \n\n  and more\tof them 12345. " * 40
+        for content, pattern in ((text, gpt.GPT2_SPLIT_PATTERN), ("é" * 1000, "é"),
+                                 ("\ufeffone\r\ntwo", r"\S+|\s+")):       # a byte order mark
+            pieces, content = self.pieces(content, size=101), content.lstrip("\ufeff")
+            self.assertEqual([chunk for p in pieces for chunk in tok.regex.findall(pattern, p)],
+                             tok.regex.findall(pattern, content))
+            self.assertLess(max(map(len, pieces)), 250)
+        for content in ("a" + " " * 10**6 + "b", "a" + " " * 10**6 + gpt.END_OF_TEXT, "x" * 10**6,
+                        "<" * 10**6, ("a " * 10 + "x" * 10**5) * 10):
+            pieces = "".join(self.pieces(content, 1 << 18))             # in less than a second
+            self.assertEqual(pieces.replace(" ", ""), content.replace(" ", ""))
+        texts = ["Ein Satz.\nNoch einer.", "漢字 and more", "the last"]
+        lines = "\n".join(json.dumps({"id": 1, "text": text}) for text in texts)
+        self.assertEqual("".join(self.pieces(lines + "\n\n", 10, "t.jsonl")),
+                         "".join(text + gpt.END_OF_TEXT for text in texts))
+
+    def test_what_is_no_text_is_one_sentence(self):
+        cut = "größer und schöner\n".encode("utf-8") * 2000
+        os.mkfifo("pipe.txt")
+        for name, content, words in [
+                ("blank.txt", " \n" * 99, "is empty"), ("zero.txt", b"a\0b", "not a text file"),
+                ("utf16.txt", TEXT.encode("utf-16"), "is UTF-16.*iconv -f utf-16 -t utf-8 utf16"),
+                ("cut.txt", cut[:cut.rindex(b"\xb6")], "cut within its last character"),
+                ("gbk.txt", "你好,世界。".encode("gbk") * 99, "encoding.*-f ENCODING"),
+                ("cp1251.txt", "Широка ".encode("cp1251") * 99, "encoding.*-f ENCODING"),
+                ("pipe.txt", None, "is not a file that can be read twice"),
+                ("a.json", "[]", "JSON"), ("a.csv", "label,text", "table"),
+                ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', 'line 2: expected {"text": "..."}'),
+                ("b.jsonl", '{"text": 3}', "line 1: expected"),
+                ("c.jsonl", "[" * 200_000, "line 1: expected"), ("d.jsonl", "\n \n", "is empty")]:
+            if content is not None:
+                self.write(name, content)
+            with self.subTest(name), self.assertRaisesRegex(
+                    UserError, rf"\A{name}[^\n]*{words}[^\n]{{,200}}\Z"):
+                list(gpt.read_pieces(name))
+
+    def test_a_folder_gives_each_of_its_files_once(self):
+        for name in ("d/b.txt", "d/e/a.txt", "d/.git/x", "d/.hidden", "one.txt", "linked/c.txt"):
+            self.write(name, "text")
+        self.write("d/empty.txt", "")
+        Path("nothing").mkdir()
+        os.symlink(Path("d").absolute(), "d/e/again")             # leads back to where it is
+        os.symlink("loop", "d/loop")
+        os.symlink("../linked", "d/f")
+        self.assertEqual(gpt.find_files(["d", "one.txt"]), [
+            Path("d/b.txt"), Path("d/e/a.txt"), Path("d/f/c.txt"), Path("one.txt")])
+        with self.assertRaisesRegex(UserError, "the folder nothing has no file with text"):
+            gpt.find_files(["d", "nothing"])
+
+        # What cannot be read is an error, never less text.
+        denied = mock.patch("os.scandir", side_effect=PermissionError(13, "Permission denied"))
+        with denied, self.assertRaises(PermissionError):
+            gpt.find_files(["d"])
 
 
 class TestTerminal(InFolder):
-    def test_text_is_shown_without_what_could_steer_the_terminal(self):
-        self.assertEqual(gpt.printable("naïve 你好 👨\u200d👩 \x1b[2Jb\r\n\tc\u202ed\x07"),
-                         "naïve 你好 👨\u200d👩 \ufffd[2Jb\n\tc\ufffdd\ufffd")
+    def run_python(self, *argv, **options):
+        return subprocess.run([sys.executable, *argv], timeout=60, capture_output=True, text=True,
+                              **options)
 
-    def test_pieces_of_a_file_join_to_the_whole_and_have_its_tokens(self):
-        text = "Some words, \n\n  and more\tof them 12345. " * 40
-        for content, pattern in ((text, gpt.GPT2_SPLIT_PATTERN), ("é" * 1000, "é")):
-            self.write("t.txt", content)
-            pieces = list(gpt.read_text_pieces("t.txt", size=101))
-            self.assertEqual([chunk for p in pieces for chunk in tok.regex.findall(pattern, p)],
-                             tok.regex.findall(pattern, content))
-            self.assertEqual(("".join(pieces), max(map(len, pieces)) < 250), (content, True))
+    def test_what_is_said_fits_80_columns_and_loses_no_word(self):
+        r = random.Random(1)
+        for _ in range(200):
+            words = ["w" * r.randint(1, 60) for _ in range(r.randint(0, 40))]
+            text = "".join(word + r.choice((" ", "\n", "  ", "\t")) for word in words)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                gpt.say("label", text)
+            lines = out.getvalue().split("\n")
+            self.assertLessEqual(max(map(len, lines)), 79)
+            self.assertEqual(out.getvalue().split(), ["label", *words])
+            self.assertEqual({line[:9].strip() for line in lines[1:]}, {""})
 
     def test_gpt_py_writes_the_same_text_for_the_same_seed(self):
         run = "gpt.py --checkpoint tiny.pt --prompt The --max-new-tokens 20 --dtype float32 "
         first, again, other = (self.ok(run + f"--top-p 0.99 --seed {seed}") for seed in (4, 4, 5))
         self.assertEqual(first, again)
         self.assertNotEqual(first, other)
-        self.ok("gpt.py --checkpoint tiny.pt --prompt '' --max-new-tokens 3")   # a new document
         ids = generate_text_simple(gpt.load_checkpoint("tiny.pt")[0],
                                    gpt.text_to_token_ids("The", BYTES), 20, 64)
         self.assertEqual(self.ok(run + "--temperature 0"),
                          gpt.printable(gpt.token_ids_to_text(ids, BYTES)) + "\n")
 
-    def test_attention_weights_are_the_model_s_own(self):
-        model, idx = tiny_model(spread=0.3), torch.randint(0, 257, (1, 9))
-        att_weights = gpt.attention_weights(model, idx, layer=0)               # (H, T, T)
-        torch.testing.assert_close(att_weights.tril().sum(dim=-1), torch.ones(2, 9))
-        block = model.trf_blocks[0]
-        x = block.norm1(model.tok_emb(idx) + model.pos_emb(torch.arange(9)))
-        values = block.att.W_value(x)[0].unflatten(-1, (2, 8)).transpose(0, 1)  # (H, T, D)
-        context_vec = (att_weights @ values).transpose(0, 1).flatten(1)
-        torch.testing.assert_close(block.att.out_proj(context_vec), block.att(x)[0])
-
     def test_the_walk_and_explain_show_what_the_model_does(self):
-        out = self.ok("gpt.py")
-        for part in ("124,439,808", "(1, 4, 768)", "(1, 12, 4, 4)", "(1, 4, 50257)"):
-            self.assertIn(part, out)
-        out = self.ok("gpt.py --checkpoint tiny.pt --explain --prompt 'abc\x1b[2J é'")
+        walk = self.ok("gpt.py")
+        for part in ("124,439,808", "(1, 4, 768)", "(1, 4, 3072)", "(1, 4, 50257)"):
+            self.assertIn(part, walk)
+        text = "abc\x1b[2J é long words long words"
+        out = self.ok(f"gpt.py --checkpoint tiny.pt --explain --prompt {shlex.quote(text)}")
         self.assertNotIn("\x1b", out)
-        ids = gpt.text_to_token_ids("abc\x1b[2J é", BYTES)
+        self.assertLessEqual(max(map(len, (walk + out).split("\n"))), 80)
+        ids = gpt.text_to_token_ids(text, BYTES)
         probs = gpt.load_checkpoint("tiny.pt")[0](ids)[0, -1].softmax(dim=-1)
         self.assertIn(f"{probs.max().item():.1%}", out)
-        command = ["--checkpoint", "tiny.pt", "--explain", "--prompt", "long words " * 4]
-        done = subprocess.run([sys.executable, str(ROOT / "gpt.py"), *command], timeout=60,
-                              capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-        self.assertIn(b"##", done.stdout)                 # plain shades where there is no UTF-8
-        tables = done.stdout.decode().split("likeliest")[1]
-        self.assertLessEqual(max(map(len, tables.split("\n"))), 80)
 
-    @unittest.skipUnless(Path("/dev/full").exists(), "needs /dev/full (Linux)")
-    def test_a_full_disk_behind_standard_output_is_a_sentence(self):
-        with open("/dev/full", "wb") as full:
-            done = subprocess.run([sys.executable, str(ROOT / "gpt.py")], stdout=full,
-                                  stderr=subprocess.PIPE, text=True, timeout=60)
-        self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr, r"\Agpt.py: .*No space left.*\n\Z")
+    def test_closed_streams_and_a_full_disk_are_no_traceback(self):
+        gpt_py = f"{shlex.quote(sys.executable)} {ROOT}/gpt.py"
+        for command, status, message in [
+                (f"{gpt_py} <&- >&- 2>&-", 0, ""),
+                (f"{gpt_py} > /dev/full", 1, "gpt.py: .*No space left.*\n")]:
+            done = subprocess.run(command, shell=True, timeout=60, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stdout), (status, ""))
+            self.assertRegex(done.stderr, rf"(?s)\A{message}\Z")
+
+    def test_the_model_needs_torch_alone_also_in_a_thread_and_a_user_s_setting_wins(self):
+        code = ("import os, sys, threading\n"
+                "sys.modules.update(dict.fromkeys(['requests', 'tiktoken', 'regex', 'numpy']))\n"
+                "def work():\n"
+                "    import gpt\n"
+                "    model = gpt.GPTModel(gpt.GPT_CONFIG_124M | {'n_layers': 1, 'vocab_size': 9})\n"
+                "    print(gpt.generate(model, [8], 2).shape, os.environ['GOMP_SPINCOUNT'])\n"
+                "thread = threading.Thread(target=work)\n"
+                "thread.start(); thread.join()\n")
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "77"}
+        done = self.run_python("-W", "ignore", "-c", code, env=env)
+        self.assertEqual(done.stdout, "torch.Size([1, 3]) 77\n", done.stderr)
 
 
 FILE = bytes(range(256)) * 800  # 204,800 bytes, and the answers of a server that has them
@@ -439,11 +559,13 @@ def answer(status, body=b"no", *headers):
 whole = answer(200, FILE)
 
 
-def ranged(request):
+def ranged(request, size=len(FILE)):
     start = int((request.headers["Range"] or "bytes=0-")[6:-1])
     where = f"bytes {start}-{len(FILE) - 1}/{len(FILE)}"
     status = 200 if start == 0 else 206 if start < len(FILE) else 416   # 416: there is no such rest
-    send(request, FILE[start:], status, headers=[("Content-Range", where)])
+    send(request, FILE[start:start + size], status, length=len(FILE) - start,
+         headers=[("Content-Range", where)])
+    request.close_connection = True
 
 
 def cut(request):  # half, then the connection is closed
@@ -451,9 +573,8 @@ def cut(request):  # half, then the connection is closed
     request.close_connection = True
 
 
-def stall(request):  # half, then silence
-    send(request, FILE[:100_000], length=len(FILE))
-    time.sleep(1)
+def drop(request):  # 16 KB of what was asked for, then the connection is closed
+    ranged(request, size=1 << 14)
 
 
 class TestDownload(InFolder):
@@ -470,294 +591,295 @@ class TestDownload(InFolder):
 
     def fetch(self, answers, urls, sha256=None):
         self.asked, self.answers = [], list(answers)
-        quietly(gpt.download, urls, "deep/file.bin", sha256, timeout=0.5)
-        return Path("deep/file.bin").read_bytes()
+        quietly(gpt.download, urls, "deep/er/file.bin", sha256, timeout=0.5)
+        return Path("deep/er/file.bin").read_bytes()
 
     def test_what_arrives_whole(self):
-        path, part = Path("deep/file.bin"), Path("deep/file.bin.part")
+        path, part = Path("deep/er/file.bin"), Path("deep/er/file.bin.part")
         rest = [None, "bytes=98304-"]                              # six reads of 16 KB had come
         moved = [("Location", "/cdn"), ("X-Linked-Etag", f'"{FILE_SHA256}"')]
-        elsewhere = answer(206, b"abc", ("Content-Range", "bytes 7-9/204800"))
-        for before, answers, sha256, asked in [
-                (b"", [whole], None, [None]),
-                (b"", [cut, ranged], None, rest),
-                (b"", [stall, ranged], FILE_SHA256, rest),
-                (b"", [cut, whole], None, rest),                   # the server ignores the range
-                (b"", [cut, elsewhere, whole], None, [*rest, None]),
-                (b"", [answer(302, b"", *moved), whole], None, [None, None]),
-                (b"", [answer(404), whole], None, [None, None]),   # the next address
-                (b"", [answer(200, b"<html>", ("Content-Type", "text/html")), whole], None,
-                 [None, None]),
-                (FILE[:5000], [ranged], FILE_SHA256, ["bytes=5000-"]),
-                (b"x" * 5000, [ranged], FILE_SHA256, ["bytes=5000-", None]),   # of another file
-                (FILE + b"more", [ranged], FILE_SHA256, ["bytes=204804-", None])]:
-            self.write(part, before)
-            content = self.fetch(answers, [self.url, self.url + "2"], sha256)
-            self.assertEqual((content == FILE, self.asked, part.exists()), (True, asked, False))
-            path.unlink()
+        page = answer(200, b"<html>", ("Content-Type", "text/html"))
+        for addresses, before, answers, sha256, asked in [
+                (1, b"", [whole], None, [None]),
+                (1, b"", [cut, ranged], None, rest),
+                (1, b"", [cut, whole], None, rest),                # the server ignores the range
+                (1, b"", [answer(302, b"", *moved), whole], None, [None, None]),
+                (2, b"", [answer(404), whole], None, [None, None]),
+                (2, b"", [page, whole], None, [None, None]),
+                (2, b"", [drop, drop, drop, whole], None,          # the next, from the start
+                 [None, "bytes=16384-", "bytes=32768-", None]),
+                (1, b"x" * 5000, [ranged], FILE_SHA256, ["bytes=5000-", None]),  # of another file
+                (1, FILE + b"more", [ranged], FILE_SHA256, ["bytes=204804-", None])]:
+            with self.subTest(asked):
+                if before:
+                    self.write(part, before)
+                content = self.fetch(answers, [self.url, self.url + "2"][:addresses], sha256)
+                self.assertEqual((content == FILE, self.asked), (True, asked))
+                self.assertFalse(part.exists())
+            path.unlink(missing_ok=True)
         self.write(path, b"mine")                                  # is used without any network
         self.assertEqual((self.fetch([whole], [self.url]), self.asked), (b"mine", []))
 
     def test_what_fails_names_every_address_and_the_place_for_the_file(self):
         nobody = "http://127.0.0.1:9/"
-        for failure, word in [
-                (answer(500), "500"), (answer(404), "404"), (answer(200, b""), "wrong content"),
-                (answer(200, FILE, ("X-Linked-Etag", 64 * "0")), "wrong content"),
-                (lambda request: time.sleep(1), "timed out")]:
-            with self.assertRaises(UserError) as caught:
-                self.fetch([failure], [nobody, self.url])
-            for part in (nobody, "refused", self.url, word, str(Path("deep/file.bin"))):
-                self.assertIn(part, str(caught.exception))
-            self.assertFalse(Path("deep/file.bin").exists())
+        for failure, sha256, words, asked in [
+                (answer(500), None, "500", 1), (answer(404), None, "404", 1),
+                (answer(200, b""), None, "wrong content", 1),
+                (whole, 64 * "0", "wrong content", 1),
+                (answer(200, FILE, ("X-Linked-Etag", 64 * "0")), None, "wrong content", 1),
+                (lambda request: time.sleep(1), None, "timed out", 1),
+                (drop, None, "49152 of 204800 bytes came", 3)]:   # it does not ask for ever
+            with self.subTest(words), self.assertRaisesRegex(
+                    UserError, f"deep/er/file.bin[^$]*{nobody}.*refused[^$]*{self.url}.*{words}"):
+                self.fetch([failure], [nobody, self.url], sha256)
+            self.assertEqual(len(self.asked), asked)
+            self.assertFalse(Path("deep").exists())               # no empty folder stays
+
+
+class Killed(BaseException):
+    """What stops a run in these tests, as a kill would: nothing catches it."""
 
 
 class TestTrainingRun(InFolder):
-    def test_interrupted_at_any_step_and_resumed_a_run_ends_with_the_same_weights(self):
-        run = ("pretrain.py --init tiny.pt --data text.txt --batch-size 4 --dtype float32 "
-               "--out run.pt --max-steps 12 --eval-every 4 ")    # with dropout: chance matters
-        self.ok(run)
-        expected, log = weights("run.pt"), Path("run.csv").read_bytes()
-        record, state = gpt.TrainingRun.record, Path("run-resume.pt")
-        for stop_at in (1, 4, 7, 12):
-            steps = itertools.count(1)
+    VAL_LOSSES = {0: 9.0, 2: 5.0, 4: 3.0, 6: 6.0, 8: 7.0}      # by step: the model of 4 is the best
 
-            def interrupted(*args):
-                if next(steps) == stop_at:
-                    os.kill(os.getpid(), signal.SIGINT)          # as Ctrl-C does
-                return record(*args)
+    def train(self, flags="", stop=None, within=None, constant=False, loss=None, data="today's"):
+        """A plain loop with a `Run`, killed after step `stop`, or `within` its report."""
+        parser = gpt.ArgumentParser()
+        gpt.add_training_arguments(parser, "x.pt", batch_size=2, lr=0.01, eval_every=2, max_steps=6)
+        args = parser.parse_args(f"--out run.pt --dtype float32 {flags}".split())
+        model = tiny_model(drop_rate=0.2)                      # with dropout: chance matters
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+        run = gpt.Run(args.max_steps, args, model, [optimizer], BYTES, {"data": data}, constant)
+        while True:
+            if run.due(args.eval_every):
+                kill = within if run.step == stop else "print_stream"     # which is never called
+                with mock.patch.object(gpt, kill, side_effect=Killed):
+                    run.report(epoch=1, val_loss=self.VAL_LOSSES[run.step])
+            if run.step >= run.total_steps:
+                break
+            torch.manual_seed(run.step)
+            model.train()
+            idx = torch.randint(0, 257, (2, 9))
+            step_loss = F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
+            optimizer.zero_grad()
+            step_loss.backward()
+            optimizer.step()
+            run.done(loss or step_loss.item(), idx.numel())
+            if run.step == stop and not within:
+                raise Killed
+        run.finish()
 
-            with mock.patch.object(gpt.TrainingRun, "record", interrupted):
-                self.assertEqual(call(run)[0], 130)
-            before = state.read_bytes()
-            for flags in ("--batch-size 3", "--seed 9", "--max-steps 6", "--data data.tsv"):
-                status, _, err = call(run + flags + " --resume")           # that is another run
-                self.assertEqual((status, state.read_bytes()), (1, before))
-                self.assertIn(f"another {flags.split()[0]}", err)
-            self.ok(run + "--resume")
-            self.assertTrue(torch.equal(weights("run.pt"), expected), stop_at)
-            self.assertEqual((Path("run.csv").read_bytes(), state.exists()), (log, False))
-        self.assertIn("run.pt is complete", self.ok(run + "--resume"))
+    def setUp(self):
+        super().setUp()
+        without_pictures = mock.patch.dict(sys.modules, {"matplotlib.figure": None})
+        without_pictures.start()
+        self.addCleanup(without_pictures.stop)
 
-    def test_killed_and_resumed_each_script_ends_with_the_same_weights(self):
-        gpt.save_checkpoint("tiny.pt", tiny_model(spread=0.3, drop_rate=0.2), BYTES)
-        for run in (PRETRAIN, CLASSIFY + "--train lora --epochs 99 ",
-                    INSTRUCT + "--train lora --epochs 99 --no-responses "):
-            run += "--max-steps 150 --eval-every 10 "
-            process = subprocess.Popen([sys.executable, *shlex.split(f"{ROOT}/{run}")],
-                                       stdout=subprocess.DEVNULL)
-            while not Path("run-resume.pt").exists() and process.poll() is None:
-                time.sleep(0.01)
-            process.kill()                                       # SIGKILL: no chance to clean up
-            process.wait()
-            self.assertIn("resumed", self.ok(run + "--resume"))
-            resumed, log = weights("run.pt"), Path("run.csv").read_bytes()
-            self.ok(run)
-            self.assertTrue(torch.equal(resumed, weights("run.pt")), run)
-            self.assertEqual(Path("run.csv").read_bytes(), log)
+    def killed(self, *args, **options):
+        """A new run that is killed."""
+        for left in Path().glob("run*"):
+            left.unlink()
+        with self.assertRaises(Killed):
+            quietly(self.train, *args, **options)
 
-    def test_the_best_model_is_kept_and_the_metrics_have_a_row_per_evaluation(self):
-        run = INSTRUCT + "--no-responses --epochs 9 --lr 0.05 --eval-every 1 --max-steps "
-        self.ok(run + "9")
-        best, metrics = weights("run.pt"), self.metrics()
-        self.assertEqual(metrics["step"].tolist(), list(range(10)))
-        step = 1 + int(metrics["val_loss"][1:].argmin())
-        self.assertLess(step, 9)                    # it is not simply the last
-        self.ok(run + str(step))
-        self.assertTrue(torch.equal(weights("run.pt"), best))
+    def result(self):
+        return weights("run.pt").tolist(), Path("run.csv").read_text(encoding="utf-8")
 
-    def test_a_loss_that_is_not_finite_stops_each_script_and_keeps_the_checkpoint(self):
-        for run in (PRETRAIN, CLASSIFY, INSTRUCT + "--no-responses "):
-            self.ok(run + "--max-steps 2")
-            before = weights("run.pt")
-            status, _, err = call(run + "--max-steps 3 --lr 1e38 ")
-            self.assertEqual(status, 1)
-            self.assertRegex(err, "the loss is (nan|inf) after step")
-            self.assertTrue(torch.equal(weights("run.pt"), before))
+    def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_weights_and_metrics(self):
+        quietly(self.train)
+        expected = self.result()
+        self.assertEqual(self.metrics()["step"].tolist(), [0, 2, 4, 6])
+        self.assertFalse(Path("run-resume.pt").exists())       # the run is complete
+        quietly(self.train, "--max-steps 4")                   # step 4 was the best, and is kept
+        self.assertTrue(torch.equal(weights("run.pt"), torch.tensor(expected[0])))
+        within = [(2, "save_checkpoint"), (4, "save_checkpoint"), (4, "write_metrics"),
+                  (6, "write_metrics")]                        # between two files of a report
+        for stop, function in [*((step, None) for step in range(1, 7)), *within]:
+            with self.subTest(stop=stop, within=function):
+                self.killed(stop=stop, within=function)
+                quietly(self.train, "--resume")
+                self.assertEqual(self.result(), expected)
 
-    def test_auto_dtype_follows_what_the_processor_reports(self):
-        for has, expected in (("amx_bf16", torch.bfloat16), ("avx2", torch.float32)):
-            with mock.patch.object(torch.cpu, "get_capabilities", return_value={has: True}):
-                self.assertIs(gpt.pick_dtype("auto", "cpu"), expected)
+    def test_a_run_is_prolonged_where_its_learning_rate_is_constant(self):
+        quietly(self.train, "--max-steps 8", constant=True)
+        expected = self.result()
+        quietly(self.train, "--max-steps 4", constant=True)
+        quietly(self.train, "--max-steps 8 --resume", constant=True)
+        self.assertEqual(self.result(), expected)
+        self.killed(stop=5)
+        with self.assertRaisesRegex(UserError, "falls towards.* step 6.*--init run.pt"):
+            quietly(self.train, "--max-steps 8 --resume")
+
+    def test_a_deleted_model_is_written_again_from_its_state_or_missed(self):
+        quietly(self.train)
+        expected = self.result()
+        self.killed(stop=5)                           # the state is of step 4, the best
+        Path("run.pt").unlink()
+        quietly(self.train, "--resume")
+        self.assertEqual(self.result(), expected)
+        self.killed("--max-steps 8", stop=7)          # the state is of step 6, but 4 was better
+        Path("run.pt").unlink()
+        with self.assertRaisesRegex(UserError, "best model.* is gone"):
+            quietly(self.train, "--resume --max-steps 8")
+
+    def test_another_run_or_a_changed_state_is_a_sentence(self):
+        self.killed(stop=5)
+        for flags, data in (("--seed 9", "today's"), ("--lr 0.1", "today's"), ("", "tomorrow's")):
+            with self.assertRaisesRegex(UserError, f"another {flags.split(' ')[0] or '--data'}"):
+                quietly(self.train, f"{flags} --resume", data=data)
+        state = torch.load("run-resume.pt", weights_only=True)
+        for change in ([1, 2], {}, {"step": "four"}, {"rows": None}, {"settings": 3},
+                       {"optimizers": []}, {"weights": {}}):
+            changed = {**state, **change} if isinstance(change, dict) and change else change
+            torch.save(changed, "run-resume.pt")
+            with self.subTest(change), self.assertRaisesRegex(
+                    UserError, r"\Arun-resume.pt [^\n]{,300}leave out --resume\Z"):
+                quietly(self.train, "--resume")
+
+    def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(self):
+        self.killed(stop=3)
+        before = weights("run.pt")
+        with self.assertRaisesRegex(UserError, "the loss is nan after step 3.*--lr"):
+            quietly(self.train, "--resume", loss=math.nan)
+        self.assertTrue(torch.equal(weights("run.pt"), before))
+
+    def test_a_picture_that_cannot_be_drawn_ends_no_run(self):
+        env = {**os.environ, "MPLBACKEND": "bogus"}
+        done = subprocess.run([sys.executable, *shlex.split(f"{ROOT}/{PRETRAIN} --max-steps 2")],
+                              env=env, capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        gpt.load_checkpoint("run.pt")
+        self.assertEqual(self.metrics()["step"].tolist()[-1], 2)
+
+    def test_without_a_command_line_nothing_is_written(self):
+        before, run = set(Path().iterdir()), gpt.Run(2)
+        for loss in (3.0, 4.0):
+            quietly(run.report, epoch=1, val_loss=1.0)
+            quietly(run.done, loss, tokens=5)
+        quietly(run.report, epoch=1, val_loss=0.5)
+        self.assertEqual([row["train_loss"] for row in run.rows], [None, 3.0, 4.0])
+        self.assertEqual(set(Path().iterdir()), before)
 
 
 # ---------------------------------------------------------------------------------------------
-# pretrain.py
+# Mistakes people make, each one sentence
 
-class TestPretraining(InFolder):
-    def test_token_files_of_texts_that_are_gone_do_not_pile_up(self):
-        for i in range(6):
-            pretrain.tokens_on_disk([["ab"]], i, BYTES)
-        self.assertEqual(len(list(Path("data").iterdir())), 4)
-        in_use = pretrain.TokenRows(*pretrain.tokens_on_disk([["ab"]], "kept", BYTES), 0, 3, 1)
-        for i in range(6):
-            in_use.batch([0])
-            pretrain.tokens_on_disk([["ab"]], i, BYTES)
-        self.assertEqual(in_use.batch([0])[0].tolist(), [[97]])
+class TestRefusals(InFolder):
+    def check(self, status, run, cases):
+        """Each command ends with this status and one sentence with these words; no file changes."""
+        def files():
+            return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
-    def test_rows_are_windows_and_targets_are_moved_by_one(self):
-        data = pretrain.GPTDatasetV1("abcdefgh", BYTES, max_length=3, stride=2)
-        rows = [(bytes(x.tolist()), bytes(y.tolist())) for x, y in data]
-        self.assertEqual(rows, [(b"abc", b"bcd"), (b"cde", b"def"), (b"efg", b"fgh")])
+        before = files()
+        for flags, words in cases.items():
+            with self.subTest(flags):
+                actual, _, err = call(run + flags)
+                self.assertEqual(actual, status, err)
+                self.assertIn(words, " ".join(err.split()))
+                self.assertNotIn("Traceback", err)
+                self.assertLessEqual(max(map(len, err.split("\n"))), 80)
+        self.assertEqual(files(), before)
 
-    def test_loss_is_the_mean_of_minus_log_probability(self):
-        model, (x, y) = tiny_model(), torch.randint(0, 257, (2, 2, 5))
-        probs = torch.softmax(model(x), dim=-1)
-        expected = -torch.stack([probs[b, t, y[b, t]].log() for b in range(2) for t in range(5)])
-        loss, other = (pretrain.calc_loss_batch(*xy, model, "cpu") for xy in ((x, y), (y, x)))
-        torch.testing.assert_close(loss, expected.mean())
-        mean = pretrain.calc_loss_loader([(x, y), (y, x)], model, "cpu")
-        self.assertAlmostEqual(mean, (loss + other).item() / 2, places=5)
+    def test_what_people_mistype_or_lack(self):
+        clf.replace_head(model := tiny_model(), 2)
+        gpt.save_checkpoint("class.pt", model, BYTES, class_names=["a", "b"])
+        self.check(1, "gpt.py ", {
+            "--prompt x": "make one with: python pretrain.py",
+            "--checkpoint text.txt": "text.txt is not the checkpoint that is needed",
+            "--checkpoint class.pt": "it holds a classifier",
+            "--checkpoint tiny.pt --device tpu": "the device 'tpu' is not available",
+            "--checkpoint tiny.pt --explain --layer 2": "2 layers"})
 
-    @needs("vocab.bpe", "the-verdict.txt")
-    def test_seeded_training_gives_the_losses_of_the_book_s_own_code(self):
-        os.chdir(ROOT)
-        text = Path("data/the-verdict.txt").read_text(encoding="utf-8")
-        loader = pretrain.create_dataloader_v1(text, 8, max_length=4, stride=4, shuffle=False)
-        inputs, targets = next(iter(loader))               # printed in the book's section 2.6
-        self.assertEqual(inputs[:2].tolist(), [[40, 367, 2885, 1464], [1807, 3619, 402, 271]])
-        self.assertEqual(targets[:2].tolist(), [[367, 2885, 1464, 1807], [3619, 402, 271, 10899]])
+    def test_wrong_usage_is_status_2(self):
+        self.check(2, "gpt.py ", {flags: "see " for flags in (
+            "--temperature -1", "--top-p 2", "--top-k 0", "--seed 9999999999", "--dtype x",
+            "--checkpoint ''", "--device ''", "--non\x1bsense", "--max 3")})
 
-        # The losses are those of the package llms-from-scratch 1.0.19, seeds and all.
-        torch.manual_seed(123)
-        loader = pretrain.create_dataloader_v1(text[:int(0.9 * len(text))], 2, 256, stride=256)
-        torch.manual_seed(123)
-        model = GPTModel({**TINY, "vocab_size": 50257, "context_length": 256, "emb_dim": 48,
-                          "n_heads": 4}).train()
-        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1), []
-        for x, y in itertools.chain(loader, loader):
-            optimizer.zero_grad()
-            loss = pretrain.calc_loss_batch(x, y, model, "cpu")
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        np.testing.assert_allclose(losses[:10], [
-            10.9837, 10.9965, 10.9899, 10.9854, 10.9826, 10.9601, 11.0129, 10.9683, 10.9233,
-            10.9072], atol=1e-3)
+    def test_an_output_that_would_destroy_something_is_refused_before_any_work(self):
+        for name in ("mine.pt", "foreign.csv", "folder/a.txt", "data.csv"):
+            self.write(name, "keep me")
+        self.write("ours.csv", "step,epoch,train_loss\n")
+        self.write("ours.png", "a picture")
+        read = "folder", "tiny.pt", None, Path("data.csv")
+        for out, words in [("tiny.pt", "tiny.pt is read by"), ("folder/x.pt", "x.pt is read by"),
+                           ("data.pt", "data.csv is read by"), ("text.txt/x.pt", "text.txt"),
+                           ("mine.pt", "mine.pt is not of this project"),
+                           ("foreign.pt", "foreign.csv is not of this project"),
+                           ("ours.pt", None), ("new/x.pt", None)]:
+            refused = self.assertRaisesRegex((UserError, OSError), words or "")
+            with self.subTest(out), refused if words else contextlib.nullcontext():
+                gpt.check_output(mock.Mock(out=Path(out), resume=False), *read)
 
-    def test_the_simple_loop_learns_and_reports_every_evaluation(self):
-        data, model = pretrain.GPTDatasetV1(TEXT, BYTES, 16, stride=16), tiny_model(drop_rate=0.0)
-        loader = torch.utils.data.DataLoader(data, batch_size=8, drop_last=True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        train, val, seen = quietly(pretrain.train_model_simple, model, loader, loader, optimizer,
-                                   "cpu", 2, eval_freq=10, eval_iter=2, start_context="The",
-                                   tokenizer=BYTES)
-        self.assertLess(train[-1], train[0] - 1)
-        self.assertEqual(seen, [(10 * i + 1) * 8 * 16 for i in range(len(val))])
+    def test_wrong_arguments_in_python_are_a_value_error_that_says_why(self):
+        model, ids = tiny_model(), [1, 2, 3]
+        for prompt, options, words in [
+                (ids, {"top_p": 1.5}, "top_p"), (ids, {"top_k": 0}, "top_k"),
+                (ids, {"temperature": -1}, "temperature"), (ids, {"context_size": 0}, "context"),
+                ([], {}, "whole numbers.*at least one"), ([[]], {}, "at least one"),
+                ([1.0, 2.0], {}, "whole numbers"), ([[[1]]], {}, r"\(B, T\)"),
+                ([ids, ids], {"padding": [3, 0]}, "padding"),
+                ([ids, ids], {"padding": [0]}, "padding")]:
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                generate(model, prompt, 2, **options)
+        for function, words in [
+                (lambda: gpt.MultiHeadAttention(8, 8, 5, 0.0, num_heads=3), "not divisible"),
+                (lambda: model(torch.zeros(1, 65, dtype=torch.long)), "65 tokens do not fit"),
+                (lambda: gpt.ranks_from_text("AA== 0\nAA== 1"), "twice"),
+                (lambda: gpt.ranks_from_text("AA== 0\nAQ== 1"), "a single byte has no rank")]:
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                function()
 
-    def test_the_metrics_of_a_model_that_knows_nothing_and_whole_rows_only(self):
-        t, V = tok.BPETokenizer(), 280
-        t.train(TEXT, V)
-        model = tiny_model(vocab_size=V)
-        model.out_head.weight.data.zero_()                        # every token equally likely
-        gpt.save_checkpoint("tiny.pt", model, t)
-        self.ok("pretrain.py --init tiny.pt --data text.txt --batch-size 2 --max-steps 1 "
-                "--out run.pt")
-        ids = [*t.encode(TEXT), t.eot_token]
-        held_out = ids[int(0.9 * len(ids)):]
-        targets = held_out[1:(len(held_out) - 1) // 64 * 64 + 1]
-        num_bytes = sum(len(t.decode_bytes([i])) for i in targets if i != t.eot_token)
-        first, _ = self.metrics()
-        np.testing.assert_allclose(
-            [first["val_loss"], first["perplexity"], first["bits_per_byte"]],
-            [math.log(V), V, len(targets) * math.log2(V) / num_bytes], rtol=1e-5)
-        saved, tokenizer, _ = gpt.load_checkpoint("run.pt")            # model and tokenizer stay
-        self.assertEqual((saved.cfg, tokenizer.encode(TEXT)), (model.cfg, t.encode(TEXT)))
+    def test_a_file_that_is_no_vocabulary_says_what_makes_one(self):
+        self.write("cut.tiktoken", "AA== 0\nAQ==")
+        for spec in ("none.tiktoken", "cut.tiktoken", "text.txt", "gpt9"):
+            with self.assertRaisesRegex(UserError, rf"\A{spec} .*python tokenizer.py train TEXT\Z"):
+                gpt.load_tokenizer(spec)
 
-    @needs("vocab.bpe", "the-verdict.txt")
-    def test_the_book_s_verdict_has_nine_steps_an_epoch(self):
-        for name in ("vocab.bpe", "the-verdict.txt"):
-            self.write(f"data/{name}", (ROOT / "data" / name).read_bytes())
-        self.ok("pretrain.py --preset verdict --epochs 2 --n-layers 1 --emb-dim 12 --out run.pt")
-        self.assertEqual((self.metrics()["epoch"][-1], self.metrics()["step"][-1]), (2, 18))
 
-    def test_documents_of_a_folder_are_joined_with_end_of_text_and_written_once(self):
-        for name, text in (("b.txt", "two" * 50), ("empty.txt", ""), ("a.txt", "one" * 50),
-                           ("sub/c.txt", "three" * 50), (".hidden", "no")):
-            self.write("d/" + name, text)
-        for _ in range(2):
-            self.ok(PRETRAIN + "--data d --batch-size 1 --max-steps 1")
-        [path] = Path("data").glob("tokens-*.bin")
-        self.assertEqual(BYTES.decode(np.fromfile(path, np.uint16).tolist()),
-                         "".join(word * 50 + "<|endoftext|>" for word in ("one", "two", "three")))
+class TestLessons(unittest.TestCase):
+    """The lines that a lesson tells its reader to type run as they stand."""
 
-    def test_accumulated_batches_give_the_step_of_one_large_batch(self):
-        results = []
-        for split in ("--batch-size 6", "--batch-size 2 --grad-accum 3"):
-            self.ok(PRETRAIN + f"--max-steps 3 {split}")
-            results.append([weights("run.pt"), torch.tensor(self.metrics()["train_loss"][-1])])
-        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
+    def run_lines(self, code, names):
+        """Run them in a folder with links to all that the project's folder has; it stays clean."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder.name)
+        for path in [*ROOT.iterdir(), *(ROOT / "data").iterdir()]:
+            link = Path(path.relative_to(ROOT))
+            if path.name not in ("data", "checkpoints"):
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to(path)
+        Path("checkpoints").mkdir()
+        self.assertGreater(code.count("\n"), 4)
+        quietly(exec, textwrap.dedent(code), names)
 
-    def test_learning_rate_rises_then_falls_as_half_a_cosine(self):
-        factors = [pretrain.lr_factor(i, 42, 4, 0.1) for i in range(43)]
-        self.assertEqual(factors[:4], [0.25, 0.5, 0.75, 1.0])
-        for step, factor in ((4, 1.0), (23, 0.55), (42, 0.1)):            # 23 is half-way
-            self.assertAlmostEqual(factors[step], factor)
-        self.assertEqual({pretrain.lr_factor(i, 14, 0, 1.0) for i in range(14)}, {1.0})
-
-    def test_only_matrices_decay_and_every_parameter_has_one_optimizer(self):
-        model = tiny_model(tie_embeddings=True)
-        inside = {id(p) for p in model.trf_blocks.parameters() if p.ndim == 2}
-        for name in ("adamw", "muon"):
-            optimizers = pretrain.make_optimizers(model, name, 1.0, 0.1, torch.float32)
-            held = [(id(p), group["weight_decay"] > 0) for optimizer in optimizers
-                    for group in optimizer.param_groups for p in group["params"]]
-            self.assertEqual(sorted(held), sorted((id(p), id(p) in inside)
-                                                  for p in model.parameters()))
-
-    def test_muon_moves_every_direction_equally_far(self):
-        p = torch.nn.Parameter(torch.zeros(6, 3))
-        p.grad = torch.randn(6, 3) * torch.tensor([20.0, 1.0, 0.5])    # very unequal columns
-        pretrain.Muon([p], lr=1.0).step()
-        singular_values = torch.linalg.svdvals(p.detach()) / math.sqrt(6 / 3)
-        self.assertTrue(((singular_values > 0.6) & (singular_values < 1.3)).all())
-
-    def test_gpt2_initial_values_shrink_where_a_block_adds(self):
-        model = tiny_model(emb_dim=64, n_layers=8)
-        pretrain.init_gpt2_weights(model, std=0.02)
-        block = model.trf_blocks[0]
-        for layer, std in ((block.ff.layers[0], 0.02), (block.ff.layers[2], 0.02 / 4),
-                           (block.att.out_proj, 0.02 / 4)):            # 4: the root of 2 * 8
-            self.assertAlmostEqual(layer.weight.std().item() / std, 1, delta=0.08)
-
-    def test_presets_are_defaults_and_the_quick_one_needs_no_network(self):
-        book = {**GPT_CONFIG_124M, "context_length": 256, "batch_size": 2, "lr": 4e-4,
-                "weight_decay": 0.1, "epochs": 10, "max_steps": None, "clip": None}
-        for flags, expected in [
-                ("--preset verdict", book), ("--init x.pt", {"lr": 1e-4}),
-                ("--size 355M --epochs 3", {"emb_dim": 1024, "epochs": 3, "max_steps": None})]:
-            args = vars(pretrain.parse_arguments(flags.split()))
-            self.assertEqual({name: args[name] for name in expected}, expected)
-        self.assertIn("(default: 0.0006)", self.ok("pretrain.py --preset gpt2 --help"))
-        with mock.patch("requests.get", side_effect=AssertionError("network used")):
-            self.ok("pretrain.py --max-steps 2 --eval-batches 1 --n-layers 1 --emb-dim 12")
-        self.assertTrue(Path("checkpoints/pretrained.pt").exists())
-
-    def test_two_processes_give_the_losses_of_one(self):
-        run = PRETRAIN + "--grad-accum 2 --batch-size 4 --max-steps 6 --eval-every 2"
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
-                               "2", "--standalone", *shlex.split(f"{ROOT}/{run}")],
-                              capture_output=True, text=True, timeout=100)
-        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
-        self.assertEqual(done.stdout.count("step 6 |"), 1)      # one process prints
-        together = self.metrics()
-        self.ok(run)
-        for name in ("step", "train_loss", "val_loss"):
-            np.testing.assert_allclose(together[name], self.metrics()[name], atol=1e-3)
+    @needs("the-verdict.txt", "instruction-data.json", "vocab.bpe")
+    def test_the_same_by_hand_runs_as_it_stands(self):
+        for script in SCRIPTS:
+            text = (ROOT / script).read_text(encoding="utf-8")
+            lines = text.partition("# The same by hand, in Python:")[2].split("\n")
+            block = itertools.takewhile(re.compile("#$|#     ").match, lines[1:])
+            code = "\n".join(line[1:] for line in block)
+            with self.subTest(script):
+                if script == "pretrain.py":                # there they stand in a docstring
+                    docstring = pretrain.train_model_simple.__doc__
+                    self.run_lines(docstring.split("a small model:\n")[1], dict(vars(pretrain)))
+                else:
+                    self.run_lines(code, {})
 
 
 # ---------------------------------------------------------------------------------------------
 # tokenizer.py
 
 STRINGS = [
-    "", " ", " \n\n \t x  ", "a\r\nb\rc\x0bd\x0ce", "\x00\x01\x1b[31m\x1c\x1f\x7f\x85", "\n" * 300,
-    "x" + " " * 1000 + "y", "tab\tand\u00a0nbsp\u2003em\u2028ls\u2029ps\u200bzero\ufeffbom",
-    "e\u0301 n\u0303 \u0301\u0301 Z\u0351\u036b\u0343a\u0321 i\u0307 \u01c5 \ufb01 \u1e9e",
-    "नमस्ते שלום مرحبا 你好世界 こんにちは 한국어", "👨\u200d👩\u200d👧 🇩🇪 👍🏽",
-    "٠١٢ १२ １２ ½² Ⅷ 3.14 1,000",
-    "I'm you're he's we've I'd they'll can't 'tis I'M YOU'RE HE'S WE'VE I'D THEY'LL CAN'T",
-    "it's' 's's ''s 'll'l 'v've o'clock rock'n'roll \u2019s ... !!! ((())) $$$ a_b_c C++ x==y //",
-    "<|unk|> <|endoftext|", "<|endoftext|>", "a<|endoftext|> b<|endoftext|><|endoftext|>",
-    "a" * 5000, "é" * 2500, "".join(random.Random(2).choices("abcdefghij", k=20_000))]
+    "", " \n\n \t x  ", "a\r\nb\rc\x0bd\x0ce\x00\x01\x1b[31m\x1c\x7f\x85", "x" + " " * 999 + "y",
+    "\u00a0nbsp\u2003em\u2028ls\u200bzero\ufeffbom e\u0301 Z\u0351\u036b\u0343a\u0321 \u01c5",
+    "नमस्ते שלום مرحبا 你好世界 こんにちは 한국어 👨\u200d👩\u200d👧 🇩🇪 ٠١٢ १२ １２ ½² Ⅷ 3.14 1,000",
+    "I'm you're he's we've I'd they'll can't 'tis I'M YOU'RE HE'S WE'VE I'D THEY'LL it's' 's's",
+    "''s 'll'l 'v've o'clock \u2019s ... !!! ((())) $$$ a_b_c C++ x==y // <|unk|> <|endoftext|",
+    "a<|endoftext|> b<|endoftext|><|endoftext|>", "a" * 5000, "é" * 2500]
 
 
 def fuzz(seed, strings):
@@ -777,11 +899,12 @@ class TestTokenizer(InFolder):
             '"It\'s the last he painted, you know," Mrs. Gisburn said with pardonable pride.')
         self.assertEqual((len(vocab), ids), (1132, [1, 56, 2, 850, 988, 602, 533, 746, 5, 1126, 596,
                                                     5, 1, 67, 7, 38, 851, 1108, 754, 793, 7]))
-        v2, text = tok.SimpleTokenizerV2(vocab), "do you like tea? <|endoftext|> In the sunlit "
-        ids = v2.encode("Hello, " + text + "terraces of the palace.")
-        self.assertEqual(ids, [1131, 5, 355, 1126, 628, 975, 10, 1130, 55, 988, 956, 984, 722, 988,
-                               1131, 7])
-        self.assertEqual(v2.decode(ids), "<|unk|>, " + text + "terraces of the <|unk|>.")
+
+        v2 = tok.SimpleTokenizerV2(vocab)
+        ids = v2.encode("Hello, do you like tea? <|endoftext|> In the palace.")
+        self.assertEqual(ids, [1131, 5, 355, 1126, 628, 975, 10, 1130, 55, 988, 1131, 7])
+        self.assertEqual(v2.decode(ids), "<|unk|>, do you like tea? <|endoftext|> In the <|unk|>.")
+
     def test_wikipedia_s_example(self):
         # aaabdaaabac -> ZabdZabac (Z = aa) -> ZYdZYac (Y = ab) -> XdXac (X = ZY)
         merges, ids = tok.train_simple("aaabdaaabac", 3)
@@ -791,7 +914,7 @@ class TestTokenizer(InFolder):
         self.assertEqual((ids, t.encode("aaabdaaabac")), ([258, 100, 258, 97, 99],) * 2)
 
     def test_the_fast_trainer_makes_the_merges_of_the_slow_one(self):
-        """`merge_once` on all chunks in one row, twice each, with a unique number after each."""
+        # The slow one gets all chunks in one row, twice each, with a unique number after each.
         for seed in range(60):
             r = random.Random(seed)
             chunks = {bytes(r.choices(b"abc", k=r.choice([1, 3, 8, 30]))): r.randint(1, 9)
@@ -799,12 +922,10 @@ class TestTokenizer(InFolder):
             unique, row = itertools.count(10**6), []
             for chunk in [*Counter(chunks).elements()] * 2:
                 row += [*chunk, next(unique)]
+
             tokens, expected = [bytes([b]) for b in range(256)], []
-            while True:
-                (left, right), count, merged = tok.merge_once(row, len(tokens))
-                if count == 1:                               # only the unique numbers are left
-                    break
-                row = merged
+            while (step := tok.merge_once(row, len(tokens)))[1] > 1:  # then only unique ones
+                (left, right), count, row = step
                 tokens.append(tokens[left] + tokens[right])
                 expected.append((tokens[left], tokens[right], count // 2))
             self.assertEqual(list(tok.learn_merges(chunks)), expected)
@@ -814,89 +935,419 @@ class TestTokenizer(InFolder):
         os.chdir(ROOT)
         ours, theirs = tok.BPETokenizer.from_gpt2(), tiktoken.get_encoding("gpt2")
         self.assertEqual((ours.name, ours.n_vocab, ours.eot_token), ("gpt2", 50257, 50256))
-        self.assertEqual(gpt.load_tokenizer("gpt2")._mergeable_ranks, theirs._mergeable_ranks)
-        for text, allowed in itertools.product(STRINGS + fuzz(seed=1, strings=1000),
-                                               (set(), {"<|endoftext|>"})):
-            ids = ours.encode(text, allowed_special=allowed)
-            self.assertEqual(ids, theirs.encode(text, allowed_special=allowed,
-                                                disallowed_special=()), text[:80])
-            self.assertEqual(ours.decode(ids), text)
-        half = list(range(50257))[::-7]                     # any IDs, also half characters
-        self.assertEqual(ours.decode(half), theirs.decode(half))
+        texts = STRINGS + fuzz(seed=1, strings=1000)
+        for text, allowed in itertools.product(texts, (set(), {"<|endoftext|>"})):
+            ids = ours.encode(text, allowed)
+            expected = theirs.encode(text, allowed_special=allowed, disallowed_special=())
+            self.assertEqual(ids, expected, text[:80])
+        some = list(range(50257))[::-7]  # any IDs, also of half characters
+        self.assertEqual(ours.decode(some), theirs.decode(some))
 
     def test_a_trained_vocabulary_round_trips_any_text_and_tiktoken_reads_it(self):
         texts = STRINGS + fuzz(seed=4, strings=300)
-        for name in ("a.tiktoken", "b.tiktoken"):
-            ours = tok.BPETokenizer()
-            ours.train(texts[::2], 600)
-            ours.save(name)
-        self.assertEqual(Path("a.tiktoken").read_bytes(), Path("b.tiktoken").read_bytes())
-        again, theirs = tok.BPETokenizer.load("a.tiktoken"), gpt.load_tokenizer("a.tiktoken")
+        ours = tok.BPETokenizer()
+        ours.train("".join(texts[::2]), 600)
+        ours.save("a.tiktoken")
+        theirs = gpt.load_tokenizer("a.tiktoken")
         self.assertEqual((ours.n_vocab, theirs.n_vocab, ours.eot_token), (600, 600, 599))
         for text in texts:
             ids = ours.encode(text, allowed_special="all")
-            self.assertEqual(ids, again.encode(text, allowed_special="all"))
             self.assertEqual(ids, theirs.encode(text, allowed_special="all"))
             self.assertEqual(ours.decode(ids), text)
-            streamed = "".join(gpt.decode_stream(ids, theirs))   # characters of several tokens too
-            self.assertEqual(streamed, text)
-        self.assertTrue(torch.equal(*(gpt.text_to_token_ids(TEXT, t) for t in (ours, theirs))))
+            self.assertEqual("".join(gpt.decode_stream(ids, theirs)), text)
 
-    def test_pieces_train_as_the_whole_and_the_end_of_text_is_not_learned(self):
-        text = "the cat sat on the mat; the cat ate the rat. " * 20  # 45 characters
-        whole, pieces, t = (tok.BPETokenizer() for _ in range(3))
-        whole.train(text, 270)
-        pieces.train((text[i:i + 45] for i in range(0, len(text), 45)), 270)
-        self.assertEqual(whole._mergeable_ranks, pieces._mergeable_ranks)
-        quietly(t.train, "<|endoftext|>ab ab<|endoftext|>ab ab" * 9, 5000)
-        self.assertEqual(list(t._mergeable_ranks)[256:], [b"ab", b" ab"])   # the text has no more
+    def test_the_mark_divides_documents_and_a_short_text_has_few_tokens(self):
+        text = f"ab ab<|endoftext|>ab é {'x' * 10**6}"
+        self.assertEqual(tok.count_chunks(text), {b"ab": 2, b" ab": 1, b" \xc3\xa9": 1})
+        t = tok.BPETokenizer()
+        t.train("<|endoftext|>ab ab" * 9, 5000)
+        self.assertEqual(list(t._mergeable_ranks)[256:], [b"ab", b" ab"])
 
-    def test_what_is_no_vocabulary_is_a_sentence(self):
-        tok.BPETokenizer().save("good.tiktoken")
-        good = Path("good.tiktoken").read_text(encoding="ascii")
-        for broken in ("", "é", "AA== 0 1", good[8:], *(good + line for line in (
-                "!!!! 256\n", "enp6 999\n", "AA== 256\n"))):
-            self.write("bad.tiktoken", broken)
-            with self.assertRaisesRegex(UserError, "bad.tiktoken is not a rank file"):
-                gpt.load_tokenizer("bad.tiktoken")
-        self.write("data/vocab.bpe", "#version\na b\n")
-        with self.assertRaisesRegex(UserError, "not GPT-2's vocab.bpe"):
-            gpt.load_tokenizer("gpt2")
+    def test_train_learns_nine_tenths_and_measures_the_rest(self):
+        self.write("texts/a.txt", " ab" * 9000 + " ab xy" * 500)
+        out = self.ok("tokenizer.py train texts --vocab-size 259 --out my.tiktoken")
+        learned = tok.BPETokenizer.load("my.tiktoken")
+        self.assertEqual(list(learned._mergeable_ranks)[256:], [b" a", b" ab"])
+        self.assertIn("held out 1.50 bytes per token", out)  # " ab" is one, " xy" are three
+        self.assertIn("python pretrain.py --data texts --tokenizer my.tiktoken", out)
 
-    def test_a_text_without_white_space_is_cut_into_equal_chunks(self):
-        counts = Counter()
-        tok.count_chunks("a" * 5_000_500, counts)
-        self.assertEqual(counts, {"a" * 1000: 5000, "a" * 500: 1})
+        # A file that is no vocabulary is not overwritten.
+        self.assertEqual(call("tokenizer.py train texts --out text.txt")[0], 1)
+        self.assertEqual(Path("text.txt").read_text(encoding="utf-8"), TEXT)
 
-    def test_the_walk_needs_no_file_and_the_commands_train_and_encode(self):
-        self.assertIn("KeyError: 'pancakes'", self.ok("tokenizer.py"))
-        out = self.ok("tokenizer.py train text.txt --vocab-size 280 --out my.tiktoken")
-        self.assertIn("bytes per token", out)
-        text = "mat\x1b<|endoftext|>"
-        out = self.ok(f"tokenizer.py encode --tokenizer my.tiktoken '{text}' --allow-special")
-        ids = tok.BPETokenizer.load("my.tiktoken").encode(text, "all")
-        self.assertEqual(out.split("\n")[0], " ".join(map(str, ids)))
-        self.assertNotIn("\x1b", out)                      # shown, not obeyed
+    def test_stories_and_a_text_as_ids_and_tokens(self):
+        self.write("data/TinyStories-valid.txt", TEXT)
+        out = self.ok("tokenizer.py train --stories") + self.ok("tokenizer.py")
+        self.assertIn("python pretrain.py --preset stories", out)
+        learned = tok.BPETokenizer.load("checkpoints/stories.tiktoken")
+
+        text = f"x\x1b\n{TEXT[:200]}"
+        shown = self.ok(f"tokenizer.py encode --tokenizer checkpoints/stories.tiktoken '{text}'")
+        ids, _, tokens = shown.partition("\n")
+        self.assertEqual(learned.decode(map(int, ids.split())), text)
+        self.assertTrue(tokens.startswith(r"x|\x1b|\n|The|"), tokens)  # nothing steers the terminal
+        self.assertLess(max(map(len, (out + tokens).splitlines())), 80)
 
 
 # ---------------------------------------------------------------------------------------------
-# load_gpt2.py. Small files in both formats, and GPT-2 in numpy to say what the logits must be.
+# pretrain.py
+
+class TestPretraining(InFolder):
+    def fails(self, command, words):
+        """A command must end with a sentence that has these words."""
+        status, _, err = call(command)
+        self.assertEqual((status, words in " ".join(err.split())), (1, True), err)
+
+    def link(self, *names):
+        """Put files of the repository's data/ into that of this test."""
+        Path("data").mkdir()
+        for name in names:
+            os.symlink(ROOT / "data" / name, Path("data", name))
+
+    # The data.
+
+    def test_rows_are_windows_and_targets_are_moved_by_one(self):
+        data = pretrain.GPTDatasetV1("abcdefgh", BYTES, max_length=3, stride=2)
+        rows = [(bytes(x.tolist()), bytes(y.tolist())) for x, y in data]
+        self.assertEqual(rows, [(b"abc", b"bcd"), (b"cde", b"def"), (b"efg", b"fgh")])
+
+    def test_each_document_ends_with_the_id_of_the_mark_and_a_cut_file_is_made_anew(self):
+        self.write("texts/a.txt", "one<|endoftext|>two\n<|endoftext|>\n")
+        self.write("texts/b.jsonl", '{"text": "three"}\n{"text": "four"}')
+        self.write("texts/sub/c.txt", "five")
+        expected = [256 if c == "|" else ord(c) for c in "one|two|three|four|five|"]
+        for size in (5, 8, 20, 0):
+            _, contents, texts = pretrain.find_text(pretrain.parse_arguments(["--data", "texts"]))
+            file, dtype = pretrain.tokens_on_disk(texts, contents, BYTES)
+            ids = np.fromfile(file, dtype, pretrain.count_tokens(file, dtype))
+            self.assertEqual(ids.tolist(), expected)
+            os.truncate(file, size)                            # the next pass must notice it
+
+    # The loss and the loop of the book.
+
+    def test_loss_is_the_mean_of_minus_log_probability(self):
+        model, (x, y) = tiny_model(), torch.randint(0, 257, (2, 2, 5))
+        probs = torch.softmax(model(x), dim=-1)
+        expected = -torch.stack([probs[b, t, y[b, t]].log() for b in range(2) for t in range(5)])
+        loss = pretrain.calc_loss_batch(x, y, model, "cpu")
+        torch.testing.assert_close(loss, expected.mean())
+        other = pretrain.calc_loss_batch(y, x, model, "cpu")
+        mean = pretrain.calc_loss_loader([(x, y), (y, x)], model, "cpu")
+        self.assertAlmostEqual(mean, (loss + other).item() / 2, places=5)
+
+    @needs("vocab.bpe", "the-verdict.txt")
+    def test_seeded_training_gives_the_losses_of_the_book_s_own_code(self):
+        os.chdir(ROOT)
+        text = Path("data/the-verdict.txt").read_text(encoding="utf-8")
+        loader = pretrain.create_dataloader_v1(text, 8, max_length=4, stride=4, shuffle=False)
+        inputs, targets = next(iter(loader))               # printed in the book's section 2.6
+        self.assertEqual(inputs[:2].tolist(), [[40, 367, 2885, 1464], [1807, 3619, 402, 271]])
+        self.assertEqual(targets[:2].tolist(), [[367, 2885, 1464, 1807], [3619, 402, 271, 10899]])
+
+        # The losses are those of the package llms-from-scratch 1.0.19, seeds and all.
+        torch.manual_seed(123)
+        loader = pretrain.create_dataloader_v1(text[:int(0.9 * len(text))], 2, 256, stride=256)
+        torch.manual_seed(123)
+        model = GPTModel({**TINY, "vocab_size": 50257, "context_length": 256, "emb_dim": 48,
+                          "n_heads": 4})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
+        losses, calc_loss_batch = [], pretrain.calc_loss_batch
+
+        def noted(*args):
+            loss = calc_loss_batch(*args)
+            losses.append(loss.item())
+            return loss
+
+        with mock.patch.multiple(pretrain, calc_loss_batch=noted, evaluate_model=lambda *_: (0, 0),
+                                 generate_and_print_sample=mock.Mock()):
+            quietly(pretrain.train_model_simple, model, itertools.islice(loader, 10), [], optimizer,
+                    "cpu", 1, 99, 0, "", None)
+        expected = [10.9837, 10.9965, 10.9899, 10.9854, 10.9826, 10.9601, 11.0129,
+                    10.9683, 10.9233, 10.9072]
+        np.testing.assert_allclose(losses, expected, atol=1e-3)
+
+    def test_the_simple_loop_learns_and_reports_every_evaluation(self):
+        data, model = pretrain.GPTDatasetV1(TEXT, BYTES, 16, stride=16), tiny_model(drop_rate=0.0)
+        loader = torch.utils.data.DataLoader(data, batch_size=8, drop_last=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        train, val, seen = quietly(pretrain.train_model_simple, model, loader, loader, optimizer,
+                                   "cpu", 2, 10, 2, start_context="The", tokenizer=BYTES)
+        self.assertLess(train[-1], train[0] - 1)
+        self.assertEqual(seen, [(10 * i + 1) * 8 * 16 for i in range(len(val))])
+
+    # What the loop that runs adds.
+
+    def test_muon_moves_every_direction_equally_far(self):
+        p = torch.nn.Parameter(torch.zeros(6, 3))
+        p.grad = torch.randn(6, 3) * torch.tensor([20.0, 1.0, 0.5])    # very unequal columns
+        pretrain.Muon([p], lr=1.0).step()
+        singular_values = torch.linalg.svdvals(p.detach()) / math.sqrt(6 / 3)
+        self.assertTrue(((singular_values > 0.6) & (singular_values < 1.3)).all())
+
+    def test_only_matrices_decay_and_every_parameter_has_one_optimizer(self):
+        model = tiny_model(tie_embeddings=True)
+        inside = {id(p) for p in model.trf_blocks.parameters() if p.ndim == 2}
+        for name in ("adamw", "muon"):
+            held = [(id(p), group["weight_decay"] > 0)
+                    for optimizer in pretrain.make_optimizers(model, name, 1.0, 0.1)
+                    for group in optimizer.param_groups for p in group["params"]]
+            expected = [(id(p), id(p) in inside) for p in model.parameters()]
+            self.assertEqual(sorted(held), sorted(expected))
+
+    def test_gpt2_initial_values_shrink_where_a_block_adds(self):
+        model = tiny_model(emb_dim=64, n_layers=8)
+        pretrain.init_gpt2_weights(model, std=0.02)
+        block = model.trf_blocks[0]
+        for layer, std in ((block.ff.layers[0], 0.02), (block.ff.layers[2], 0.02 / 4),
+                           (block.att.out_proj, 0.02 / 4)):            # 4: the root of 2 * 8
+            self.assertAlmostEqual(layer.weight.std().item() / std, 1, delta=0.08)
+
+    def test_learning_rate_rises_then_falls_as_half_a_cosine(self):
+        factors = [pretrain.lr_factor(i, 42, 4, 0.1) for i in range(43)]
+        self.assertEqual(factors[:4], [0.25, 0.5, 0.75, 1.0])
+        for step, factor in ((4, 1.0), (23, 0.55), (42, 0.1)):            # 23 is half-way
+            self.assertAlmostEqual(factors[step], factor)
+        self.assertEqual({pretrain.lr_factor(i, 14, 0, 1.0) for i in range(14)}, {1.0})
+
+    def test_accumulated_batches_give_the_step_of_one_large_batch(self):
+        results = []
+        for split in ("--batch-size 6", "--batch-size 2 --grad-accum 3"):
+            self.ok(PRETRAIN + f"--max-steps 3 {split}")
+            results.append([weights("run.pt"), torch.tensor(self.metrics()["train_loss"][-1])])
+        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
+
+    def test_two_processes_give_the_losses_of_one(self):
+        run = PRETRAIN + "--grad-accum 2 --batch-size 4 --max-steps 4 --eval-every 2"
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
+                               "2", "--standalone", *shlex.split(f"{ROOT}/{run}")],
+                              capture_output=True, text=True, timeout=100)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        self.assertEqual(done.stdout.count("Next:"), 1)                   # one process prints
+        together = self.metrics()
+        self.ok(run)
+        for name in ("step", "train_loss", "val_loss", "bits_per_byte"):
+            np.testing.assert_allclose(together[name], self.metrics()[name], atol=1e-3)
+
+    def test_the_metrics_of_a_model_that_knows_nothing_over_whole_rows(self):
+        t, V = tok.BPETokenizer(), 280
+        t.train(TEXT, V)
+        model = tiny_model(vocab_size=V)
+        model.out_head.weight.data.zero_()                        # every token equally likely
+        gpt.save_checkpoint("tiny.pt", model, t)
+        self.write("text.txt", TEXT.replace("\n", "<|endoftext|>"))
+        self.ok("pretrain.py --init tiny.pt --data text.txt --max-steps 1 --out run.pt")
+
+        ids = [i for line in TEXT.splitlines() for i in [*t.encode(line), t.eot_token]]
+        held_out = ids[int(0.9 * len(ids)):]
+        targets = held_out[1:(len(held_out) - 1) // 64 * 64 + 1]
+        num_bytes = sum(len(t.decode_bytes([i])) for i in targets if i != t.eot_token)
+        first, _ = self.metrics()
+        np.testing.assert_allclose(
+            [first["val_loss"], first["perplexity"], first["bits_per_byte"]],
+            [math.log(V), V, len(targets) * math.log2(V) / num_bytes], rtol=1e-5)
+
+    # Presets, and what a run leaves to go on with.
+
+    @needs("vocab.bpe", "the-verdict.txt")
+    def test_the_book_s_verdict_has_nine_steps_an_epoch(self):
+        self.link("vocab.bpe", "the-verdict.txt")
+        self.ok("pretrain.py --preset verdict --max-steps 1 --n-layers 1 --emb-dim 12 --out run.pt")
+        self.assertAlmostEqual(self.metrics()["epoch"][-1], 1 / 9)
+
+        with (mock.patch.dict(pretrain.GPT_CONFIG_124M, emb_dim=12, n_layers=1),
+              mock.patch.object(pretrain, "train_model_simple") as loop):
+            self.ok("pretrain.py --simple")
+        self.assertEqual([len(loader) for loader in loop.call_args.args[1:3]], [9, 1])
+
+    @needs("tinystories-sample.txt")
+    def test_the_stories_need_two_commands(self):
+        self.link("tinystories-sample.txt")
+        self.fails("pretrain.py --preset stories", "python tokenizer.py train --stories")
+        self.ok("tokenizer.py train --stories --vocab-size 300")
+        out = self.ok("pretrain.py --preset stories --max-steps 1 --n-layers 1 --emb-dim 12 "
+                      "--batch-size 2 --eval-batches 1")
+        self.assertEqual(out.count("Once upon a time"), 3)    # two samples and the next command
+        self.assertNotIn("<|", out)
+        self.assertIn("a blind guess among 300 ", out)
+
+    def test_presets_are_defaults(self):
+        book = {**GPT_CONFIG_124M, "context_length": 256, "batch_size": 2, "lr": 4e-4,
+                "weight_decay": 0.1, "epochs": 10, "max_steps": None, "clip": None}
+        for flags, expected in [
+                ("--preset verdict", book), ("--init x.pt", {"lr": 1e-4}),
+                ("--size 355M --epochs 3", {"emb_dim": 1024, "epochs": 3, "max_steps": None})]:
+            args = vars(pretrain.parse_arguments(flags.split()))
+            self.assertEqual({name: args[name] for name in expected}, expected)
+        self.assertIn("(default: 0.0006)", self.ok("pretrain.py --preset gpt2 --help"))
+
+    def test_the_quick_run_needs_no_network_and_the_next_command_runs_as_printed(self):
+        small = " --max-steps 1 --eval-batches 1 --n-layers 1 --emb-dim 12"
+        for run, following in [
+                ("pretrain.py", "gpt.py '--prompt=The import statement'"),
+                (PRETRAIN + "--prompt Hi", "gpt.py --checkpoint run.pt --prompt=Hi")]:
+            with mock.patch("requests.get", side_effect=AssertionError("network used")):
+                out = self.ok(run + small)
+            self.assertIn(f"\nNext:\n  python {following}\n", out)
+            self.ok(following + " --max-new-tokens 1")
+
+    def test_a_trained_model_learns_from_a_text_shorter_than_its_context(self):
+        self.write("short.txt", TEXT[:400])
+        run = "pretrain.py --init tiny.pt --data short.txt --max-steps 2 --out run.pt "
+        model, tokenizer = quietly(pretrain.main, shlex.split(run)[1:])
+        self.assertEqual((model.cfg["context_length"], tokenizer.name), (64, "bytes"))  # as before
+        returned = torch.cat([t.flatten() for t in model.state_dict().values()])
+        self.assertTrue(torch.equal(returned, weights("run.pt")))
+        self.fails(run + "--context-length 65", "sees 64 tokens")
+        self.write("short.txt", TEXT[:40])
+        self.fails(run, "too short")
+
+    def test_the_data_s_content_decides_whether_a_run_can_go_on(self):
+        run = ("pretrain.py --init tiny.pt --data text.txt --dtype float32 --eval-every 2 "
+               "--out run.pt --max-steps ")
+        self.ok(run + "6")
+        expected, log = weights("run.pt"), Path("run.csv").read_bytes()
+        self.ok(run + "4")
+        self.write("more.txt", TEXT + "!")
+        for flags in ("--data more.txt", "--data text.txt more.txt", "--seed 9"):
+            self.fails(run + f"6 --resume {flags}", f"another {flags.split()[0]}")
+
+        Path("text.txt").rename("moved.txt")
+        os.utime("moved.txt", (0, 0))
+        self.ok(run + "6 --resume --data moved.txt")           # prolonged, it is the longer run
+        self.assertTrue(torch.equal(weights("run.pt"), expected))
+        self.assertEqual(Path("run.csv").read_bytes(), log)
+
+
+# ---------------------------------------------------------------------------------------------
+# All scripts
+
+KILLED = """
+import os, shlex, signal, sys
+import finetune_classifier, finetune_instruct, pretrain
+import torch._dynamo    # all optimizers need it: import it once, not in each run
+
+def counted(*args, replace=os.replace):    # SIGKILL: no chance to clean up after `count` files
+    global count
+    replace(*args)
+    count -= 1
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = counted
+for command in sys.argv[1:]:
+    script, *argv = shlex.split(command)
+    for count in (3, 4):
+        if os.fork() == 0:
+            sys.modules[script.removesuffix(".py")].main([*argv, "--out", f"{script}{count}.pt"])
+        assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL
+"""
+
+
+class TestRuns(InFolder):
+    def test_killed_and_resumed_each_script_ends_with_the_same_weights(self):
+        # Files 1 and 2 are the state and the metrics, before the first step. Two steps later 3 is
+        # the state again, and 4 is the best model.
+        runs = [run + " --max-steps 4 --eval-every 2" for run in (
+            "pretrain.py --init tiny.pt --data text.txt --dtype float32 --out run.pt",
+            CLASSIFY + "--train lora", INSTRUCT + "--train lora --no-responses")]
+        killed = subprocess.run([sys.executable, "-c", KILLED, *runs], capture_output=True,
+                                env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=100)
+        self.assertEqual(killed.returncode, 0, killed.stderr[-2000:])
+        for run in runs:
+            self.ok(run)
+            expected, log = weights("run.pt"), Path("run.csv").read_bytes()
+            for count in (3, 4):
+                out = run.split()[0] + str(count)
+                self.assertIn("resumed", self.ok(f"{run} --out {out}.pt --resume"))
+                self.assertTrue(torch.equal(weights(f"{out}.pt"), expected), out)
+                self.assertEqual(Path(f"{out}.csv").read_bytes(), log, out)
+
+
+class TestOffline(InFolder):
+    def test_without_a_network_the_error_names_the_addresses_and_the_place_for_the_file(self):
+        for command, place, *addresses in [
+                ("tokenizer.py encode hi", "data/vocab.bpe", *gpt.VOCAB_BPE_URLS),
+                ("tokenizer.py train --stories", "data/TinyStories-valid.txt", *gpt.STORIES_URLS),
+                ("pretrain.py --preset verdict --tokenizer bytes --n-layers 1",
+                 "data/the-verdict.txt", *gpt.VERDICT_URLS),
+                ("load_gpt2.py --size 355M", "data/", "openai-community/gpt2-medium/resolve",
+                 "openaipublic.blob.core.windows.net/", "f001.backblazeb2.com/"),
+                ("finetune_classifier.py --init tiny.pt", "data/sms+spam+collection.zip",
+                 "archive.ics.uci.edu/", "f001.backblazeb2.com/"),
+                ("finetune_instruct.py --init tiny.pt", "data/instruction-data.json", "https://")]:
+            with mock.patch("requests.get", side_effect=requests.ConnectionError("unplugged")):
+                status, out, err = call(command)
+            self.assertEqual((status, place in err), (1, True), command + err)
+            named = re.findall(r"(?m)^ *(https://\S+):\s+unplugged$", out + err)
+            for address in addresses:                     # each once, with its reason
+                self.assertEqual(sum(address in url for url in named), 1, out + err)
+            self.assertFalse(Path("data").exists())       # nothing is left of the attempt
+
+
+class TestRepository(InFolder):
+    def test_the_order_of_imports_and_that_every_open_names_its_encoding(self):
+        for script in SCRIPTS:
+            found = []
+            for node in ast.walk(ast.parse((ROOT / script).read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom):
+                    found.append(node.module.partition(".")[0])
+                elif isinstance(node, ast.Import):
+                    found += [alias.name.partition(".")[0] for alias in node.names]
+                elif isinstance(node, ast.Call):
+                    text = ast.unparse(node)
+                    if re.match(r"open\(|.*\.(read|write)_text\(", text, re.DOTALL):
+                        self.assertRegex(text, r"encoding=|'[rwa]b'", script)
+
+            # A stage needs nothing of ours but gpt, and gpt before torch: it sets how threads wait.
+            ours = [name for name in found if f"{name}.py" in SCRIPTS]
+            self.assertEqual(ours, [] if script == "gpt.py" else ["gpt"], script)
+            others = [name for name in found if name not in sys.stdlib_module_names]
+            self.assertEqual(others[0], "torch" if script == "gpt.py" else "gpt", script)
+
+    def test_every_command_in_the_readme_parses(self):
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        commands = re.findall(r"(?m)^!?(?:torchrun \S+ \d+|python) (\w+\.py.*)$", readme)
+        self.assertGreater(len(commands), 20)
+        for command in commands:
+            script, *words = shlex.split(command, comments=True)
+            help_text = self.ok(" ".join([script, *set(words[:1]) & {"train", "encode"}, "--help"]))
+            for word in words:
+                if word.startswith("--"):
+                    self.assertIn(word.partition("=")[0], help_text, command)
+
+    def test_an_empty_name_is_wrong_usage(self):
+        for script in [*SCRIPTS, "tokenizer.py train", "tokenizer.py encode"]:
+            options = re.findall("(?m)^  (--[a-z-]+) [A-Z{]", self.ok(f"{script} --help"))
+            for option in set(options) - {"--prompt", "--input"}:   # empty ones make sense
+                status, _, err = call(f"{script} {option} ''")
+                self.assertEqual((status, option in err), (2, True), f"{script}: {err}")
+
+    def test_what_is_printed_fits_80_columns(self):
+        for command in ["gpt.py", "tokenizer.py", PRETRAIN + "--max-steps 1",
+                        CLASSIFY + "--max-steps 1", INSTRUCT + "--max-steps 1"]:
+            longest = max(self.ok(command).splitlines(), key=len)
+            self.assertLessEqual(len(longest), 80, f"{command}: {longest}")
+
+
+# ---------------------------------------------------------------------------------------------
+# load_gpt2.py. Small files in every format, and GPT-2 in numpy to say what the logits must be.
 
 V, T, C, H, L = 400, 16, 32, 2, 11  # 11 blocks: h10 comes before h2 in sorted order
+BLOCK = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
+         "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
 GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm",
               "lm_head": "output", "ln_1": "attn_norm", "attn.c_attn": "attn_qkv",
               "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
               "mlp.c_proj": "ffn_down"}
+PHI3 = {"instruction": "<|user|>\n", "input": "\n", "output": "\n<|assistant|>\n"}
 
 
 def random_gpt2():
     """{the hub's name: float32 array} of a tiny GPT-2, every array different."""
-    rng, shapes = np.random.default_rng(0), {}
-    for i in range(L):
-        for name, shape in {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
-                            "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}.items():
-            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
-    shapes |= {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    rng = np.random.default_rng(0)
+    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i, (name, shape) in itertools.product(range(L), BLOCK.items()):
+        shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
     return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -925,14 +1376,15 @@ def numpy_gpt2(w, ids):
     return norm(x, "ln_f") @ w.get("lm_head.weight", w["wte.weight"]).T
 
 
-def write_safetensors(path, arrays, change=lambda header: None, dtype="F32"):
-    """`arrays` as {name: array}; `change` may alter the header."""
+def write_safetensors(path, arrays, dtype="F32", **change):
+    """`arrays` as {name: array}; `change` alters what the header says of the first one."""
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, array in arrays.items():
         end = len(data) + array.nbytes
         header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), end]}
         data += array.tobytes()
-    text = json.dumps(change(header) or header).encode()
+    header["wte.weight"] = {**header.get("wte.weight", {}), **change}
+    text = json.dumps(header).encode()
     Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
@@ -993,11 +1445,23 @@ class TestLoadGPT2(InFolder):
         self.write("tf/hparams.json", json.dumps(
             {"n_vocab": V, "n_ctx": T, "n_embd": C, "n_head": H, "n_layer": L}))
 
-    def check_logits(self, model, tolerance=2e-4):
-        ids = [0, 299, 7, 7, 42]
+    def check_logits(self, model, tolerance=2e-4, ids=(0, 299, 7, 7, 42)):
         with torch.no_grad():
             logits = model(torch.tensor([ids]))[0].numpy()
-        np.testing.assert_allclose(logits, numpy_gpt2(self.weights, ids), atol=tolerance, rtol=1e-4)
+        np.testing.assert_allclose(logits, numpy_gpt2(self.weights, list(ids)), 1e-4, tolerance)
+
+    def refused(self, words, source="hub --tokenizer bytes"):
+        """Nothing is saved, and the sentence fits in the screen."""
+        status, out, err = call(f"load_gpt2.py --from {source} --out refused.pt")
+        self.assertEqual((status, Path("refused.pt").exists()), (1, False), out + err)
+        self.assertRegex(" ".join(err.split()), f"cannot be used .*{words}")
+        self.assertLess(len(err), 600)
+
+    def export(self, tokenizer, *paths):
+        """Load what is in hub/ and write it for other software."""
+        gpt.save_checkpoint("m.pt", load_gpt2.load_local("hub"), tokenizer, prompt_texts=PHI3)
+        for path in paths:
+            self.ok(f"load_gpt2.py --checkpoint m.pt --export {path}")
 
     @needs("gpt2-tiny-hf", "gpt2-tiny-tf")
     def test_files_of_transformers_and_tensorflow_give_transformers_logits(self):
@@ -1011,18 +1475,34 @@ class TestLoadGPT2(InFolder):
     def test_every_format_and_spelling_gives_the_logits_of_gpt2_in_numpy(self):
         for source in ("hub", self.FILE, "tf"):
             self.check_logits(load_gpt2.load_local(source))
-        masks = {"transformer.h.3.attn.bias": np.ones((1, 1, T, T), np.float32)}
-        write_safetensors(self.FILE, masks | {f"transformer.{name}": array
-                                              for name, array in self.weights.items()})
-        self.check_logits(load_gpt2.load_local("hub"))
         halves = {name: array.astype(np.float16) for name, array in self.weights.items()}
         write_safetensors(self.FILE, halves, dtype="F16")
         self.check_logits(load_gpt2.load_local("hub"), tolerance=0.3)
+
+        # Cut into two files, with longer names; each number is the upper half of a float32.
+        self.FILE.unlink()
         upper = {name: array.view(np.uint16)[..., 1::2] for name, array in self.weights.items()}
-        write_safetensors(self.FILE, upper, dtype="BF16")         # a float32's upper 16 bits
+        long = [(f"transformer.{name}", array) for name, array in upper.items()]
+        for i, part in enumerate((long[:60], long[60:]), start=1):
+            write_safetensors(f"hub/model-0000{i}-of-00002.safetensors", dict(part), dtype="BF16")
         self.weights = {name: (array.astype(np.uint32) << 16).view(np.float32)
                         for name, array in upper.items()}
         self.check_logits(load_gpt2.load_local("hub"))
+
+    def test_a_state_dict_of_code_for_the_book_becomes_a_checkpoint(self):
+        ids = torch.tensor([[1, 2, 3]])
+        for changes in ({}, {"qkv_bias": True}, {"tie_embeddings": True}):
+            model = tiny_model(spread=0.3, **changes)
+            plain = {**model.state_dict(), "trf_blocks.0.att.mask": torch.ones(64, 64).triu(1)}
+            for saved in (plain, {f"_orig_mod.module.{name}": t for name, t in plain.items()},
+                          {"model_state_dict": plain, "optimizer_state_dict": {"lr": 0.1}}):
+                torch.save(saved, "model.pth")
+                self.ok("load_gpt2.py --from model.pth --n-heads 2 --tokenizer bytes --out a.pt")
+                back, tokenizer, _ = gpt.load_checkpoint("a.pt")
+                self.assertEqual(back.cfg, {**model.cfg, "drop_rate": 0.0,
+                                            "tie_embeddings": "tie_embeddings" in changes})
+                self.assertTrue(torch.equal(back(ids), model(ids)))
+                self.assertEqual(tokenizer.name, "bytes")
 
     def test_params_are_the_book_s_tree_and_load_into_a_model(self):
         Path("models").mkdir()
@@ -1031,60 +1511,72 @@ class TestLoadGPT2(InFolder):
         self.assertEqual((settings["n_head"], settings["n_layer"]), (H, L))
         np.testing.assert_array_equal(params["blocks"][10]["mlp"]["c_fc"]["w"],
                                       self.weights["h.10.mlp.c_fc.weight"])
-        cfg = {"vocab_size": V, "context_length": T, "emb_dim": C, "n_layers": L, "qkv_bias": True}
-        model = tiny_model(**cfg)
+        np.testing.assert_array_equal(params["g"], self.weights["ln_f.weight"])
+        model = tiny_model(vocab_size=V, context_length=T, emb_dim=C, n_layers=L, qkv_bias=True)
         load_gpt2.load_weights_into_gpt(model, params)
         self.check_logits(model)
-        with self.assertRaisesRegex(UserError, "qkv_bias True"):
-            load_gpt2.load_weights_into_gpt(tiny_model(**cfg | {"qkv_bias": False}), params)
-        del params["blocks"][3]["attn"]["c_proj"]["b"]
-        with self.assertRaisesRegex(UserError, "h3/attn/c_proj/b"):
-            load_gpt2.load_weights_into_gpt(model, params)
 
-    def test_files_that_are_cut_damaged_or_hostile_are_a_sentence(self):
-        def fails(words, folder="hub"):
-            with self.assertRaisesRegex(UserError, words):
-                load_gpt2.load_local(folder)
-
-        for change in ({"dtype": "I64"}, {"shape": [V, C, 1]}, {"shape": [-V, -C]},
-                       {"data_offsets": [0, 10**12]}, {"data_offsets": [-38400, 0]},
-                       {"data_offsets": [0.0, 4.0 * V * C]}):
-            write_safetensors(self.FILE, self.weights, lambda h: h["wte.weight"].update(change))
-            fails("wte.weight|config.json|a complete GPT-2")
-        write_safetensors(self.FILE, self.weights, lambda h: h.pop("h.3.mlp.c_fc.bias") and None)
-        fails("h.3.mlp.c_fc.bias")
-        for content in (b"", b"\xff" * 100, struct.pack("<Q", 9) + b"{" * 9):
+    def test_what_would_be_read_wrong_or_is_damaged_is_a_sentence(self):
+        self.refused("'tokenizer.json'|tokenizer.json", "hub")
+        for change in ({"dtype": "I64"}, {"shape": [V, C, 1]}, {"shape": [-V, -C]}, {"shape": 3},
+                       {"data_offsets": [10**12, 0]}, {"data_offsets": [-1e9, 0]}):
+            write_safetensors(self.FILE, self.weights, **change)
+            self.refused("Error: ")
+        for content in (b"", b"\xff" * 100, struct.pack("<Q", 400_000) + b"[" * 400_000):
             self.write(self.FILE, content)
-            fails("not a complete GPT-2")
-        write_safetensors(self.FILE, self.weights)
-        for config in ("", "[]", '{"n_head": 5}', '{"n_head": 0}', '{"model_type": "llama"}',
-                       '{"n_layer": 1000000}'):
-            self.write("hub/config.json", config)
-            fails("a complete GPT-2")
-        data = Path("tf/model.ckpt.data-00000-of-00001")
-        for content in (data.read_bytes()[:-1], data.read_bytes() + b"x"):
-            self.write(data, content)
-            fails("bytes", folder="tf")
+            self.refused("Error: ")
+        torch.save({"x": torch.ones(1)}, "model.pth")
+        self.refused("tok_emb.weight", "model.pth")
 
-    @needs("vocab.bpe")
+        write_safetensors(self.FILE, {**self.weights, "wpe.weight": np.full((T, C), np.nan, "f4")})
+        self.refused("pos_emb.weight")
+        write_safetensors(self.FILE, {n: a for n, a in self.weights.items() if "10.ln_1" not in n})
+        self.refused("h.10.ln_1.weight")
+        write_safetensors(self.FILE, self.weights)
+        for config, words in (("", "line 1"), ('{"n_head": 5}', "divisible"), ("{}", "--n-heads"),
+                              ('{"layer_norm_epsilon": 1e-6}', "config.json says"),
+                              ("[" * 200_000, "recursion")):
+            self.write("hub/config.json", config)
+            self.refused(words)
+
+    def test_a_tokenizer_that_would_be_read_wrong_is_refused(self):
+        trained = tok.BPETokenizer()
+        trained.train(TEXT, 300)
+        self.export(trained, "my-gpt")
+        path = Path("my-gpt/tokenizer.json")
+        right = json.loads(path.read_text(encoding="utf-8"))
+        vocab = right["model"]["vocab"]
+        for name, value, words in (
+                ("added_tokens", [{"id": 300, "content": "<pad>"}], "added tokens"),
+                ("added_tokens", [{"id": 0, "content": "<|endoftext|>"}], "added tokens"),
+                ("model", {**right["model"], "merges": right["model"]["merges"][::-1]}, "order"),
+                ("model", {**right["model"], "vocab": {**vocab, "a": 300}}, "order"),
+                ("normalizer", {"type": "NFC"}, "another way"),
+                ("pre_tokenizer", {"type": "Whitespace"}, "another way")):
+            self.write(path, json.dumps({**right, name: value}))
+            self.refused(words, "my-gpt")
+
+    @needs("vocab.bpe", "tiktoken")
     def test_from_a_folder_to_a_checkpoint_that_writes(self):
         self.write("data/vocab.bpe", (ROOT / "data/vocab.bpe").read_bytes())
-        out = self.ok("load_gpt2.py --from hub --out a.pt --max-new-tokens 3")
-        self.assertIn("Every effort moves you", out)
-        model, tokenizer, _ = gpt.load_checkpoint("a.pt")
-        self.check_logits(model)
-        self.assertEqual((tokenizer.n_vocab, tokenizer.decode(tokenizer.encode("né"))), (V, "né"))
+        self.write("data/the-verdict.txt", TEXT)
+        self.weights["wte.weight"] = np.zeros((50257, C), np.float32)
+        write_safetensors(self.FILE, self.weights)
+        out = self.ok("load_gpt2.py --from hub --out a.pt")
+        self.assertLess(max(map(len, out.split("\n"))), 80)
+        self.assertEqual(gpt.load_checkpoint("a.pt")[1].name, "gpt2")
 
-    def export(self, tokenizer, *paths):
-        """Load what is in hub/ and write it for other software."""
-        model = load_gpt2.load_local("hub")
-        gpt.save_checkpoint("m.pt", model, tokenizer, prompt_texts=instruct.PROMPT_STYLES["phi3"])
-        for path in paths:
-            self.ok(f"load_gpt2.py --checkpoint m.pt --export {path}")
+        # A model that knows nothing needs log2(50257) bits for each token.
+        encoder = tiktoken.get_encoding("gpt2")
+        ids = encoder.encode(TEXT[int(0.9 * len(TEXT)):])
+        targets = ids[1:(len(ids) - 1) // T * T + 1]
+        bits = math.log2(50257) * len(targets) / len(encoder.decode_bytes(targets))
+        self.assertIn(f"{math.log(50257):.3f} nats per token, {bits:.3f} bits",
+                      " ".join(out.split()))
 
     def test_an_exported_folder_is_read_again_with_or_without_a_head_of_its_own(self):
         trained = tok.BPETokenizer()
-        trained.train(TEXT + " ".join(fuzz(seed=7, strings=50)), V)
+        trained.train(TEXT + " ".join(map(chr, range(160, 1200))), V)
         for tokenizer in (BYTES, trained):
             self.export(tokenizer, "my-gpt/")
             self.ok("load_gpt2.py --from my-gpt --out back.pt")
@@ -1098,17 +1590,70 @@ class TestLoadGPT2(InFolder):
         contents = json.loads(Path("my-gpt/tokenizer.json").read_text(encoding="utf-8"))["model"]
         order = {tuple(pair): i for i, pair in enumerate(contents["merges"])}
         letters = {byte: letter for letter, byte in gpt.BYTE_OF_LETTER.items()}
-        for text in STRINGS[:-3] + fuzz(seed=8, strings=100):
-            ids = []
-            for chunk in tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, text):
-                parts = [letters[byte] for byte in chunk.encode()]
-                while pairs := [pair for pair in zip(parts, parts[1:]) if pair in order]:
-                    i = list(zip(parts, parts[1:])).index(min(pairs, key=order.get))
-                    parts[i:i + 2] = [parts[i] + parts[i + 1]]
-                ids += [contents["vocab"][part] for part in parts]
-            self.assertEqual(ids, trained.encode(text), text)
+        text = TEXT[:200] + "".join(map(chr, range(32, 1300))) + "I'm 3.14 \n\n\t x  ..."
+        ids = []
+        for chunk in tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, text):
+            parts = [letters[byte] for byte in chunk.encode()]
+            while pairs := [pair for pair in zip(parts, parts[1:]) if pair in order]:
+                i = list(zip(parts, parts[1:])).index(min(pairs, key=order.get))
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            ids += [contents["vocab"][part] for part in parts]
+        self.assertEqual(ids, trained.encode(text))
 
-    def test_a_gguf_file_has_every_tensor_key_and_the_prompt(self):
+    def test_an_export_stopped_anywhere_leaves_a_whole_model(self):
+        self.export(BYTES, "my-gpt")
+        for name, stop_at in [("write_text", 1), ("rename", 0), ("rename", 1)]:
+            original, calls = getattr(Path, name), itertools.count()
+
+            def stopping(*args, **options):
+                if next(calls) == stop_at:
+                    raise KeyboardInterrupt
+                return original(*args, **options)
+
+            with mock.patch.object(Path, name, stopping):
+                self.assertEqual(call("load_gpt2.py --checkpoint m.pt --export my-gpt")[0], 130)
+            whole = [folder for folder in ("my-gpt", "my-gpt.old.tmp") if Path(folder).exists()]
+            self.check_logits(load_gpt2.load_local(whole[0]))
+            self.ok("load_gpt2.py --checkpoint m.pt --export my-gpt")
+            self.assertEqual([str(path) for path in Path().glob("my-gpt*")], ["my-gpt"])
+
+    def test_an_export_replaces_nothing_that_this_script_did_not_write(self):
+        self.export(BYTES, "my-gpt", "m.gguf", "m.gguf --quantize q8_0", "my-gpt")
+        self.write("my-gpt/README.md", "about my model")
+        self.write("other.gguf", b"GGUF" + bytes(500))
+        self.write("mine.Modelfile", "FROM mine\n")
+        before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+        for path in ("my-gpt", "hub", "other.gguf", "mine.gguf", "text.txt"):
+            status, _, err = call(f"load_gpt2.py --checkpoint m.pt --export {path}")
+            self.assertEqual((status, "holds something else" in " ".join(err.split())), (1, True))
+        self.assertEqual(before, {file: file.read_bytes() for file in Path().rglob("*")
+                                  if file.is_file()})
+
+    def test_the_chat_template_writes_the_tokens_that_training_shows(self):
+        import jinja2  # as transformers does it
+        self.export(BYTES, "my-gpt", "m.gguf")
+        folder = json.loads(Path("my-gpt/tokenizer_config.json").read_text(encoding="utf-8"))
+        template = read_gguf(Path("m.gguf"))[0]["tokenizer.chat_template"]
+        self.assertEqual(folder["chat_template"], template)
+        template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        messages = [{"role": role, "content": content} for role, content in (
+            ("system", "Be brief."), ("user", "Say \"one\"."), ("assistant", "one\n"),
+            ("user", "Again?"), ("assistant", "two"))]
+        learned, _ = instruct.encode_entry(instruct.to_entry({"messages": messages}), BYTES, "phi3")
+        self.assertEqual(BYTES.encode(template.render(messages=messages), allowed_special="all"),
+                         learned)
+        asked = template.render(messages=messages[:-1], add_generation_prompt=True)
+        self.assertEqual(asked + "two<|endoftext|>", template.render(messages=messages))
+
+        # Ollama repeats its template for each turn, the last one up to the response.
+        modelfile = Path("m.Modelfile").read_text(encoding="utf-8")
+        turn = re.search('TEMPLATE """(.*?)"""', modelfile, re.DOTALL)[1]
+        system = "{{ if .System }}{{ .System }}\n\n{{ end }}"
+        first = turn.replace(system, "Be brief.\n\n").replace("{{ .Prompt }}", "Say \"one\".")
+        last = turn.replace(system, "").replace("{{ .Prompt }}", "Again?")
+        self.assertEqual(first.replace("{{ .Response }}", "one\n") + last.split("{{")[0], asked)
+
+    def test_a_gguf_file_has_every_tensor_and_key(self):
         self.weights["lm_head.weight"] = self.weights["wte.weight"] + 1
         write_safetensors(self.FILE, self.weights)
         self.export(BYTES, "m.gguf", "small.gguf --quantize q8_0")
@@ -1126,9 +1671,6 @@ class TestLoadGPT2(InFolder):
         self.assertEqual((tensors, rounded), ({}, {}))
         self.assertEqual((keys["gpt2.block_count"], len(keys["tokenizer.ggml.tokens"]),
                           keys["tokenizer.ggml.eos_token_id"]), (L, V, 256))
-        modelfile = Path("m.Modelfile").read_text(encoding="utf-8")
-        for text in (keys["tokenizer.chat_template"], modelfile):
-            self.assertIn("<|assistant|>", text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1145,92 +1687,118 @@ class TestClassifier(InFolder):
         self.assertEqual([len(part) for part in parts], [1045, 149, 300])
         self.assertEqual(Counter(sum(parts, [])), Counter(balanced))     # nobody lost or doubled
 
-    def test_tables_with_quotes_and_columns_by_header_by_number_and_by_default(self):
+    def test_tables_with_any_divider_and_columns_by_header_number_and_default(self):
         stars = [("5", "good"), ("1", 'bad "')] * 10
         tsv = "id\ttext\tstars\n" + "".join(f"7\t{text}\t{label}\r\n" for label, text in stars)
-        quoted = [("a", 'he said "hi",\nthen left'), ("b", "y, z")] * 10
-        with io.StringIO(newline="") as file:
-            csv.writer(file).writerows([("label", "text"), *quoted])
-            in_quotes = "\ufeff" + file.getvalue()                   # with Excel's byte order mark
-        for name, content, columns, expected in [
-                ("t.csv", in_quotes, (), quoted), ("t.tsv", tsv, ("text", "stars"), stars),
-                ("t.tsv", tsv, ("TEXT", "3"), stars), ("t.tsv", tsv, (None, "stars"), stars)]:
-            self.write(name, content)
-            self.assertEqual(quietly(clf.read_labelled_texts, name, *columns), expected)
+        said = [("a", 'he said "hi",\nthen; left'), ("b", "y, z; w")] * 10
+        comma, semicolon = io.StringIO(newline=""), io.StringIO(newline="")
+        csv.writer(comma).writerows(said)
+        csv.writer(semicolon, delimiter=";").writerows([("label", "text"), *said])
+        for content, columns, expected in [
+                ("\ufeff" + comma.getvalue(), (), said), (semicolon.getvalue(), (), said),
+                (tsv, ("text", "stars"), stars), (tsv, ("TEXT", "3"), stars)]:
+            self.write("table", content)
+            self.assertEqual(quietly(clf.read_labelled_texts, "table", *columns), expected)
 
-    def test_download_takes_the_expected_file_only_and_tries_the_mirror(self):
-        content, file = b"ham\thello\n", io.BytesIO()
+    def test_download_takes_the_expected_file_only(self):
+        file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("../evil", "no")
-            archive.writestr("SMSSpamCollection", content)
+            archive.writestr("SMSSpamCollection", "ham\thello\n")
         answers = {"/none": (b"", 404), "/bad": (b"not a zip file",), "/good": (file.getvalue(),)}
         url = serve(self, lambda request: send(request, *answers[request.path]))
-        urls = [url + name for name in ("none", "bad", "good")]
-        path = quietly(clf.download_and_unzip_spam_data, urls, "sub/SMSSpamCollection",
-                       hashlib.sha256(content).hexdigest())
-        self.assertEqual((path.read_bytes(), os.listdir("sub")), (content, ["SMSSpamCollection"]))
-        with self.assertRaisesRegex(UserError, "(?s)404.*/bad.*/good.*SHA-256"):
-            quietly(clf.download_and_unzip_spam_data, urls, "other/SMSSpamCollection")
+        sha256 = hashlib.sha256(b"ham\thello\n").hexdigest()
+        get = lambda urls, path: clf.download_and_unzip_spam_data(urls, path, sha256)
+        path = quietly(get, [url + "none", url + "good"], "sub/SMSSpamCollection")
+        self.assertEqual(path.read_bytes(), b"ham\thello\n")
+        self.assertEqual(os.listdir("sub"), ["SMSSpamCollection"])
+        with self.assertRaisesRegex(UserError, "collection.zip: .*not a zip.*delete it"):
+            quietly(get, [url + "bad"], "bad/SMSSpamCollection")
+        with self.assertRaisesRegex(UserError, "another SHA-256"):
+            quietly(clf.download_and_unzip_spam_data, [url + "good"], "other/SMSSpamCollection")
 
-    def test_padding_never_changes_a_result(self):
+    def test_padding_and_kept_outputs_never_change_a_result(self):
         """Against the plain model, a row at a time, read at its last token."""
-        texts = ["a", "short text", "a longer text than the others " * 2, "mid length text"]
-        ids = [torch.tensor(BYTES.encode(text)) for text in texts]
-        for num_layers in (1, 2):
-            model = tiny_model(spread=0.3, n_layers=num_layers)
-            gpt.replace_head(model, 3)
-            with torch.no_grad():
-                truth = torch.stack([model(row[None])[0, -1] for row in ids])
-                x, lengths = clf.pad(ids)
-                wider = torch.cat([x, torch.full((4, 64 - x.shape[1]), 99)], dim=1)
-                torch.testing.assert_close(clf.classify_batch(model, wider, lengths), truth)
-            probs = quietly(clf.classify_texts, texts, model, BYTES, "cpu")
-            torch.testing.assert_close(probs, truth.softmax(dim=-1))
-            best = truth.argmax(dim=-1)
-            self.assertEqual([clf.classify_review(text, model, BYTES, "cpu", "xyz")
-                              for text in texts], ["xyz"[i] for i in best])
+        texts = ["a", "short <|endoftext|>", "a longer text than the others " * 2, "mid length"]
+        model = tiny_model(spread=0.3)
+        clf.replace_head(model, 3)
+        data = clf.SpamDataset([(c, text) for c, text in zip("xyzx", texts)], BYTES, 64, "xyz")
+        with torch.no_grad():
+            truth = torch.stack([model(row[None])[0, -1] for row in data.rows])
+            x, lengths, _ = clf.collate([data[i] for i in range(4)])
+            wider = torch.cat([x, torch.full((4, 64 - x.shape[1]), 99)], dim=1)
+            torch.testing.assert_close(clf.classify_batch(model, wider, lengths), truth)
+        probs = clf.classify_texts(texts, model, BYTES, "cpu")
+        torch.testing.assert_close(probs, truth.softmax(dim=-1))
+        best = ["xyz"[i] for i in truth.argmax(dim=-1)]
+        self.assertEqual([clf.classify_review(text, model, BYTES, "cpu", class_names="xyz")
+                          for text in texts], best)
 
-            # Three of the four texts get the right label, all in the first of two batches.
-            data = list(zip(ids, [*best[:3], (best[3] + 1) % 3]))
-            loader = torch.utils.data.DataLoader(data, batch_size=3, collate_fn=clf.collate)
-            accuracies = [clf.calc_accuracy_loader(loader, model, "cpu", n) for n in (None, 1)]
-            self.assertEqual(accuracies, [3 / 4, 1])
+        # Loss and accuracy, with what the frozen blocks make of the texts in place of the IDs.
+        clf.keep_frozen(model, data, "cpu", torch.float32)
+        self.assertEqual([row.shape for row in data.rows], [(n, 16) for n in lengths])
+        loader = torch.utils.data.DataLoader(data, batch_size=3, collate_fn=clf.collate)
+        loss = -truth.log_softmax(dim=-1)[range(4), data.labels].mean()
+        self.assertAlmostEqual(clf.calc_loss_loader(loader, model, "cpu"), float(loss), places=5)
+        right = [a == b for a, b in zip("xyzx", best)]
+        accuracies = [clf.calc_accuracy_loader(loader, model, "cpu", n) for n in (None, 1)]
+        self.assertEqual(accuracies, [sum(right) / 4, sum(right[:3]) / 3])
 
-    def test_the_run_is_the_plain_loop_on_the_whole_model(self):
-        """Frozen part kept, computed afresh, and the simple loop: the same weights."""
-        train, val = (clf.SpamDataset(part, BYTES, 64) for part in clf.random_split(
-            clf.create_balanced_dataset(quietly(clf.read_labelled_texts, "data.tsv")))[:2])
-        order = np.concatenate([np.random.default_rng([123, epoch]).permutation(len(train))
-                                for epoch in (0, 1)])       # each text once, in a new order
+    def test_the_run_is_a_loop_over_single_texts_without_padding(self):
+        train = clf.random_split(clf.create_balanced_dataset(
+            quietly(clf.read_labelled_texts, "data.tsv")))[0]
+        train = clf.SpamDataset(sorted(train, key=lambda pair: len(pair[1])), BYTES, 64)
         for mode, learns in {
                 "head": r"out_head", "last-block": r"out_head|final_norm|trf_blocks\.1", "all": "",
                 "lora": r"out_head|trf_blocks.*(W_\w+|out_proj|layers\.\d)\.weight"}.items():
             run = CLASSIFY + f"--train {mode} --max-steps 9 --eval-every 9 "
             self.ok(run)
-            kept = weights("run.pt")
-            self.ok(run + "--keep-limit 0")
-            torch.testing.assert_close(weights("run.pt"), kept, atol=1e-4, rtol=0)
+            once = weights("run.pt")
+            self.ok(run + "--batch-size 4 --grad-accum 2")
+            torch.testing.assert_close(weights("run.pt"), once, atol=1e-4, rtol=0)
 
             model = gpt.load_checkpoint("tiny.pt")[0]
             start = {name: t.clone() for name, t in model.state_dict().items()}
             torch.manual_seed(123)
-            gpt.replace_head(model, 2)
-            clf.freeze(model, mode)                         # dropout too: off, as in the book
-            loader = torch.utils.data.DataLoader(train, collate_fn=clf.collate,
-                                                 batch_sampler=order[:72].reshape(9, 8).tolist())
+            clf.replace_head(model, 2)
+            clf.freeze(model, mode)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                           lr=0.01, weight_decay=0.1)
-            quietly(clf.train_classifier_simple, model, loader, loader, optimizer, "cpu", 1, 9, 2)
+            order = []                                # each text once an epoch, in a new order
+            for epoch in (0, 1):
+                torch.manual_seed(hash((123, epoch)))
+                order += torch.utils.data.DataLoader(range(len(train)), 8, shuffle=True)
+            for numbers in order[:9]:
+                loss = sum(F.cross_entropy(model(train[i][0][None])[:, -1], train[i][1][None])
+                           for i in numbers) / len(numbers)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             plain = torch.cat([t.flatten() for t in gpt.merge_lora(model).state_dict().values()])
-            torch.testing.assert_close(kept, plain, atol=1e-4, rtol=0)
+            torch.testing.assert_close(once, plain, atol=1e-4, rtol=0)
             for name, t in torch.load("run.pt", weights_only=True)["model"].items():
                 same = name in start and torch.equal(start[name], t)
                 self.assertEqual(same, not re.match(learns, name), f"{mode}: {name}")
 
+    def test_the_book_s_call_learns_and_returns_five_values(self):
+        parts = clf.random_split(quietly(clf.read_labelled_texts, "data.tsv"))
+        loaders = [torch.utils.data.DataLoader(clf.SpamDataset(part, BYTES), 8, shuffle=True,
+                                               collate_fn=clf.collate) for part in parts[:2]]
+        clf.replace_head(model := tiny_model(), num_classes=2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        train_losses, *others, val_accs, examples_seen = quietly(
+            clf.train_classifier_simple, model, *loaders, optimizer, torch.device("cpu"),
+            num_epochs=5, eval_freq=10, eval_iter=5)
+        self.assertEqual((len(train_losses), examples_seen), (4, 5 * len(parts[0])))
+        self.assertLess(train_losses[-1], train_losses[0] / 2)
+        self.assertEqual(val_accs[-1], 1)
+
     def test_the_report_follows_from_the_predictions(self):
         labels = torch.tensor([0] * 50 + [1] * 50)
-        for spam, words in ((10, "60.0%.*50.2% to 69.1%.*50.0%.*55.6% +100.0% .*100.0% +20.0% "),
-                            (6, "56.0%.*does not show")):            # its interval holds 50 %
+        for spam, words in [
+                (10, "60.0%.*50.2% to 69.1%.*50.0%.*ham +50 +55.6% +100.0% +ham: 50\n"
+                     "spam +50 +100.0% +20.0% +ham: 40, spam: 10\n"),
+                (0, "spam +50 +- +0.0% +ham: 50\n")]:            # never predicted: no precision
             predicted = torch.tensor([0] * (100 - spam) + [1] * spam)
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 clf.report(["ham", "spam"], labels, predicted, commonest=0)
@@ -1238,20 +1806,115 @@ class TestClassifier(InFolder):
 
     def test_three_classes_learn_and_travel_to_classify(self):
         self.write("data.tsv", "a\t\n\nb\t \n" + labelled_lines(classes=("a", "b", "c\x1b"))
-                   + f"a\t{'long ' * 20}\n" * 10)
+                   + f"a\t{' ' * 10**6}x\n")
         out = self.ok(CLASSIFY + "--epochs 12 --no-balance --train all")
-        self.assertIn("2 without text", out)
-        self.assertIn("10 are cut to 64 tokens", out)
-        texts = b"meet me at home now\n\nWIN cash NOW 0800 x\nthe weather is mild\x1b\n"
-        with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts))):
+        self.assertIn("121 of 123 lines have a text", out)
+        self.assertLess(max(map(len, out.splitlines())), 80)
+
+        self.write("in.txt", "meet me at home now\n\nWIN cash NOW\nthe weather is mild\x1b\n")
+        with open("in.txt", encoding="utf-8") as file:
+            before = os.dup(0)
+            os.dup2(file.fileno(), 0)
             lines = self.ok("finetune_classifier.py --checkpoint run.pt --classify").splitlines()
+            os.dup2(before, 0)
         self.assertEqual([line.split("\t")[0::2] for line in lines], [
-            ["a", "meet me at home now"], ["b", "WIN cash NOW 0800 x"],
+            ["a", "meet me at home now"], ["b", "WIN cash NOW"],
             ["c\ufffd", "the weather is mild\ufffd"]])
+
+
+class TestClassifierRun(InFolder):
+    def test_killed_and_resumed_it_ends_with_the_same_weights(self):
+        run = CLASSIFY + "--train lora --epochs 99 --max-steps 150 --eval-every 11 --grad-accum 2 "
+        process = subprocess.Popen([sys.executable, *shlex.split(f"{ROOT}/{run}")],
+                                   stdout=subprocess.DEVNULL)
+        while not Path("run-resume.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()                                           # SIGKILL: no chance to clean up
+        process.wait()
+        self.assertIn("resumed", self.ok(run + "--resume"))
+        resumed, log = weights("run.pt"), Path("run.csv").read_bytes()
+        self.ok(run)
+        self.assertTrue(torch.equal(resumed, weights("run.pt")))
+        self.assertEqual(Path("run.csv").read_bytes(), log)
+
+    def test_own_splits_train_on_all_of_data_and_test_on_the_rest(self):
+        self.write("val.tsv", "ham\tmeet me\nham\tmeet\nspam\tWIN cash\n")
+        self.write("test.csv", "label,text\n" + "spam,WIN NOW\n" * 3)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            model, tokenizer = clf.main(shlex.split(
+                CLASSIFY + "--val-data val.tsv --test-data test.csv")[1:])
+        self.assertIn("80 to train, 3 to validate, 3 to test", out.getvalue())
+        self.assertIn("of 3 texts are right", out.getvalue())
+        returned = torch.cat([t.flatten() for t in model.state_dict().values()])
+        self.assertTrue(torch.equal(returned, weights("run.pt")))
+        self.assertEqual(tokenizer.name, "bytes")
+
+
+class TestClassifierRefusals(InFolder):
+    def test_what_people_mistype_or_lack(self):
+        for name, content in {
+                "blank.tsv": "ham\t \n\t\n", "one.tsv": labelled_lines(("ham",)),
+                "my.csv": labelled_lines(),
+                "mixed.csv": "label;text\nham;Hi; you\n", "quote.csv": 'label,text\nham,"Hello\n',
+                "prose.txt": "No table\n" * 9, "eggs.tsv": "eggs\ta\neggs\tb\n"}.items():
+            self.write(name, content)
+        for command, words in {
+                CLASSIFY + "--data blank.tsv": "no texts",
+                CLASSIFY + "--data one.tsv": "40 texts of 'ham'; give at least two classes",
+                CLASSIFY + "--data prose.txt": "line 1: 1 columns, expected 2",
+                CLASSIFY + "--data mixed.csv": "line 2: 3 columns, expected 2 (divided by ';'",
+                CLASSIFY + "--data quote.csv": "quote.csv, line 2",
+                CLASSIFY + "--label-column stars": "no two columns stars and text",
+                CLASSIFY + "--text-column 1": "no two columns label and 1",
+                CLASSIFY + "--val-data eggs.tsv --test-data data.tsv": "0 texts of 'eggs'",
+                CLASSIFY + "--data my.csv --out my.pt": "my.csv is read by this command",
+                "finetune_classifier.py": "python pretrain.py",
+                "finetune_classifier.py --classify x": "python finetune_classifier.py",
+                "finetune_classifier.py --checkpoint tiny.pt --classify x": "language model",
+        }.items():
+            with self.subTest(command=command):
+                status, out, err = call(command)
+                self.assertIn(words, " ".join(err.split()), out)
+                self.assertEqual((status, "Traceback" in err), (1, False), err)
+                self.assertLess(max(map(len, err.splitlines())), 80)
+        self.assertFalse(Path("run.pt").exists())
+        for flags in ("--train some", "--classify ''", "--text-column ''", "--val-data data.tsv"):
+            self.assertEqual(call(CLASSIFY + flags)[0], 2, flags)
+
+    def test_wrong_arguments_in_python_are_a_value_error_that_says_why(self):
+        frame = iter(["Label", "Text"])                # what a loop over pandas' DataFrame yields
+        pairs = [("ham", "see you"), ("spam", "WIN cash"), ("ham", "later")]
+        swapped = [(text, label) for label, text in pairs]
+        model = tiny_model()
+        clf.replace_head(model, 3)
+        for words, function, *args in [
+                ("train must be", clf.freeze, model, "last_block"),
+                ("DataFrame", clf.create_balanced_dataset, frame),
+                ("a list of", clf.create_balanced_dataset, swapped),
+                ("lacks {'eggs'}", clf.SpamDataset, [*pairs, ("eggs", "and ham")], BYTES),
+                ("is empty", clf.SpamDataset, [("ham", "")], BYTES),
+                ("is empty", clf.classify_texts, ["a", ""], model, BYTES, "cpu"),
+                ("3 classes", clf.classify_review, "see you", model, BYTES, "cpu")]:
+            with self.subTest(words=words), self.assertRaisesRegex(ValueError, words):
+                function(*args)
 
 
 # ---------------------------------------------------------------------------------------------
 # finetune_instruct.py
+
+ANN = {"history": [["I am Ann.", "Hello!"]], "instruction": "Who am I?", "output": "Ann."}
+ANN_ROW = [*b"<|user|>\nI am Ann.\n<|assistant|>\nHello!", 256,
+           *b"<|user|>\nWho am I?\n<|assistant|>\nAnn."]     # the agreed form, byte by byte
+LAST_TURN = ANN_ROW[ANN_ROW.index(256) + 1:]
+
+
+def set_of(*records, **options):
+    return instruct.InstructionDataset(records, BYTES, "phi3", **options)
+
+
+def collate(batch):
+    return instruct.custom_collate_fn(batch, 256)
+
 
 class TestInstructions(InFolder):
     def test_collate_gives_the_book_s_example(self):
@@ -1263,263 +1926,302 @@ class TestInstructions(InFolder):
         _, targets = instruct.custom_collate_fn([[1, 9, 9, 2], [3]], pad_token_id=9)
         self.assertEqual(targets.tolist(), [[9, 9, 2, 9], [9, -100, -100, -100]])  # no padding
 
-    def test_masking_and_cutting_leave_each_row_a_target(self):
-        rows = [[1, 2, 3, 4, 5, 6], [7, 8]]
-        _, targets = instruct.custom_collate_fn(rows, 0, prompt_lengths=[4, 1])
-        self.assertEqual(targets.tolist(), [[-100, -100, -100, 5, 6, 0],
-                                            [8, 0, -100, -100, -100, -100]])
-        for length in range(1, 7):
-            _, targets = instruct.custom_collate_fn(rows, 0, -100, length, prompt_lengths=[5, 2])
-            self.assertEqual(targets.shape[1], length)
-            self.assertTrue((targets != -100).any(dim=1).all())
+    def test_targets_are_the_answers_and_their_ends(self):
+        for mask, expected in ((True, [*b"Hello!", 256, *b"Ann.", 256]),
+                               (False, [*ANN_ROW[1:], 256])):
+            inputs, targets = collate([set_of(ANN, mask_prompt=mask)[0]])
+            self.assertEqual(inputs[0].tolist(), ANN_ROW)
+            self.assertEqual([i for i in targets[0].tolist() if i != -100], expected)
+            self.assertEqual(targets[0, -5:].tolist(), [*b"Ann.", 256])
 
     @needs("instruction-data.json", "tiktoken")
     def test_the_book_s_records_are_its_text_and_split_and_encode_as_there(self):
         path, tokenizer = ROOT / "data" / "instruction-data.json", tiktoken.get_encoding("gpt2")
-        train, val, test = quietly(instruct.make_datasets, path, tokenizer, "alpaca", 1024)
+        args = mock.Mock(prompt_style="alpaca", mask_prompt=False, val_data=None)
+        train, val, test = quietly(instruct.make_datasets, args, path, tokenizer, 1024)
         self.assertEqual([len(train), len(val), len(test)], [935, 55, 110])
         self.assertEqual(instruct.format_input(train.data[0]), (
             "Below is an instruction that describes a task. Write a response that appropriately "
             "completes the request.\n\n### Instruction:\nEvaluate the following phrase by "
             "transforming it into the spelling given.\n\n### Input:\nfreind --> friend"))
-        for entry, ids in zip(train.data, train):
+        for entry, (ids, targets) in zip(train.data, train):
             self.assertEqual(ids, tokenizer.encode(
                 instruct.format_input(entry) + "\n\n### Response:\n" + entry["output"]))
+            self.assertEqual(targets, [*ids[1:], 50256])
 
-    def test_a_record_per_line_is_read_too_and_a_bad_one_is_named(self):
-        good = '{"instruction": "a", "output": "b"}'
-        self.write("r.jsonl", good + "\n\n" + good[:-1] + ', "input": null, "more": 1}\n')
-        self.assertEqual(instruct.read_records("r.jsonl"),
-                         [{"instruction": "a", "input": "", "output": "b"}] * 2)
-        for text, words in [('[{"instruction": "a",\n "output": }]', "line 2"), ("[]", "no list"),
-                            ("{}", "no list"), ("[1]", "record 0"), ("[" * 100000, "not JSON"),
-                            (f'[{good}, {{"instruction": "b"}}]', "record 1 .* output")]:
-            self.write("r.json", text)
-            with self.assertRaisesRegex(UserError, words):
+    def test_a_file_in_any_of_the_known_forms_is_read(self):
+        user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+        shared = [{"from": name, "value": text}
+                  for name, text in (("human", "p"), ("gpt", "o"), ("human", "q"), ("gpt", "a"))]
+        history = [["p", "o"]]
+        for record, expected in [
+                ({"instruction": "q", "input": "i", "output": "a"}, ("q", "i", "a", [])),
+                ({"instruction": "q", "input": None, "output": "a", "x": 1}, ("q", "", "a", [])),
+                ({"instruction": "q", "output": "a", "history": history}, ("q", "", "a", history)),
+                ({"instruction": "q", "context": "i", "response": "a"}, ("q", "i", "a", [])),
+                ({"prompt": "q", "completion": "a"}, ("q", "", "a", [])),
+                ({"messages": [{"role": "system", "content": "s"}, user, answer], "prompt": "q"},
+                 ("s\n\nq", "", "a", [])),
+                ({"conversations": shared}, ("q", "", "a", history))]:
+            expected = dict(zip(("instruction", "input", "output", "history"), expected))
+            lines = f"\ufeff{json.dumps(record)}\n\n{json.dumps(record)}\n"
+            for content in (json.dumps([record, record]), lines):
+                self.write("r.json", content)
+                read = json.loads(json.dumps(instruct.read_records("r.json")))  # tuples to lists
+                self.assertEqual(read, [expected] * 2)
+
+    def test_what_is_no_record_is_named_with_its_names(self):
+        good = '{"instruction": "a", "output": "b"'
+        for content, words in [
+                ("hello", "JSON list"), ("[" * 200000, "JSON list"), ("[1]", "0 records"),
+                ('[{"instruction": "a",\n "output": }]', "line 2"),
+                (f'[{good}}}, {{"output": "b", "label": 1}}]', "1 records.*names are output, lab"),
+                ('[{"instruction": "a", "output": 5}]', "0 records"),
+                (good + ', "history": [["a"]]}', "0 records"),
+                (good + ', "history": [["a", 1]]}', "0 records"),
+                ('{"messages": [{"role": "user", "content": "a"}]}', "0 records"),
+                ('{"messages": [{"role": "tool", "content": "a"}]}', "tool")]:
+            self.write("r.json", content)
+            with self.subTest(words), self.assertRaisesRegex(UserError, f"(?s)r.json.*{words}"):
                 instruct.read_records("r.json")
 
-    def test_the_run_is_the_plain_loop_whatever_the_batches(self):
-        """Packed or padded, six records at once or two and two and two: the same losses."""
-        gpt.save_checkpoint("tiny.pt", tiny_model(0.2, drop_rate=0.0), BYTES)
-        for mask in (True, False):
-            train, val, _ = quietly(instruct.make_datasets, "records.json", BYTES, "phi3", 64)
-            model, losses = gpt.load_checkpoint("tiny.pt")[0], []
+    def test_a_mark_in_a_text_is_text_and_a_million_spaces_are_a_sentence(self):
+        mark = {"instruction": "What is <|endoftext|>?", "output": "<|endoftext|> ends."}
+        row, _ = set_of(mark)[0]
+        self.assertEqual(row, [*b"<|user|>\nWhat is <|endoftext|>?\n<|assistant|>\n"
+                               b"<|endoftext|> ends."])
+        with self.assertRaisesRegex(UserError, "shorten"):
+            set_of({"instruction": "a" + " " * 10**6, "output": ""})
 
-            def mean_loss(data, rows):
-                inputs, targets = instruct.custom_collate_fn(
-                    [data[i] for i in rows], 256,
-                    prompt_lengths=[data.prompt_lengths[i] for i in rows] if mask else None)
-                return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    def test_what_is_too_long_loses_its_oldest_turns_then_the_end_of_its_answer(self):
+        long = {**ANN, "history": [["x" * 99, "y"], *ANN["history"]]}
+        cut = {"instruction": "x" * 50, "output": "y" * 50}
+        unanswered = {"instruction": "x" * 99, "output": "y"}
+        data = set_of(ANN, long, cut, unanswered, max_length=len(ANN_ROW), mask_prompt=True)
+        self.assertEqual([ids for ids, _ in data][:2], [ANN_ROW] * 2)
+        self.assertEqual((len(data), data.num_cut), (3, 2))
+        self.assertEqual((len(data[2][0]), data[2][1][-1]), (len(ANN_ROW), ord("y")))
+        self.assertTrue(all(set(targets) > {-100} for _, targets in data))   # never a mean of none
+        with self.assertRaisesRegex(UserError, "ask it shorter"):
+            instruct.encode_prompt(unanswered, BYTES, "phi3", len(ANN_ROW))
 
-            at_first = mean_loss(val, range(len(val))).item()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-            for rows in np.random.default_rng([123, 0]).permutation(25)[:24].reshape(4, 6):
-                optimizer.zero_grad()
-                loss = mean_loss(train, rows)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-            for split in ("--batch-size 6", "--batch-size 2 --grad-accum 3"):
-                self.ok(INSTRUCT + f"--no-responses --max-steps 4 --eval-every 1 {split} "
-                        + ("--mask-prompt" if mask else "--no-mask-prompt"))
-                metrics = self.metrics()
-                self.assertAlmostEqual(metrics["val_loss"][0], at_first, places=4)
-                np.testing.assert_allclose(metrics["train_loss"][1:], losses, atol=2e-3)
+    def chat(self, *lines, context=256):
+        """The prompts that the model gets and what is printed when it always answers "Hello!"."""
+        prompts = []
 
-    def test_the_simple_loop_learns(self):
-        model, data = tiny_model(drop_rate=0.0), instruct.InstructionDataset(RECORDS, BYTES, "phi3")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        losses = instruct.train_model_simple(model, data, optimizer, "cpu", 6, 8, 256)
-        self.assertEqual(len(losses), 6 * 3)
-        self.assertLess(losses[-1], losses[0] - 1)
+        def answer(model, prompt, *args, **options):
+            prompts.append(list(prompt))
+            for token in [*b"Hello!", 256]:
+                if bytes(prompt[-19:]) == b"stop\n<|assistant|>\n":
+                    raise KeyboardInterrupt
+                yield torch.tensor([token])
 
-    def test_a_run_answers_scores_and_is_asked(self):
-        long = [{"instruction": "x" * 60, "output": "y"}, {"instruction": "x", "output": "y" * 60}]
-        self.write("records.json", json.dumps(RECORDS + long))
-        out = self.ok(INSTRUCT + "--epochs 3 --train lora")
-        self.assertIn("1 lose the end of the answer, 1 have no room", out)
-        entries = json.loads(Path("run-responses.json").read_text(encoding="utf-8"))
-        self.assertEqual([e["output"] for e in entries], [r["output"] for r in RECORDS[27:30]])
-        self.assertIn(f"token f1 {sum(e['token_f1'] for e in entries) / 3:.3f}", out)
-        model = gpt.load_checkpoint("run.pt")[0]
-        ask = "finetune_instruct.py --checkpoint run.pt --dtype float32 --max-new-tokens 8 "
-        for entry in entries:
-            data = instruct.InstructionDataset([entry], BYTES, "phi3")
-            batch = instruct.custom_collate_fn([data[0]], 256, prompt_lengths=data.prompt_lengths)
-            loss = instruct.calc_loss_batch(*batch, model, "cpu").item()
-            self.assertAlmostEqual(entry["response_loss"], loss, places=3)
-            answer = self.ok((ask + "--ask '{instruction}' --input '{input}'").format(**entry))
-            self.assertEqual(answer.strip(), entry["model_response"])
-        with mock.patch("builtins.input", side_effect=["Say one", "x" * 99, "/reset", EOFError]):
-            with mock.patch.object(sys, "stdin", mock.Mock()):
-                out = self.ok("finetune_instruct.py --checkpoint run.pt --chat")
-        self.assertIn("no room for an answer", out.replace("\n", " "))
+        gpt.save_checkpoint("chat.pt", tiny_model(context_length=context), BYTES)
+        with (mock.patch("builtins.input", side_effect=lines),
+              mock.patch.object(instruct, "generate_stream", answer)):
+            status, out, _ = call("finetune_instruct.py --chat --checkpoint chat.pt")
+        return status, prompts, out
 
-    def test_token_f1_written_out(self):
+    def test_chat_sends_the_tokens_that_training_showed_and_drops_the_oldest_turns(self):
+        status, prompts, out = self.chat("I am Ann.", "  ", "/help", "stop", "Who am I?", EOFError)
+        self.assertEqual((status, out.count("Hello!"), out.count("/reset")), (0, 2, 2))
+        self.assertEqual(prompts[-1], ANN_ROW[:-4])           # what was stopped is forgotten
+        _, prompts, _ = self.chat("I am Ann.", "/reset", "Who am I?", "/exit")
+        self.assertEqual(prompts[-1], LAST_TURN[:-4])
+        _, prompts, out = self.chat("I am Ann.", "x" * 99, "Who am I?", "/exit", context=80)
+        self.assertEqual(prompts[-1], LAST_TURN[:-4])
+        self.assertIn("no room for an answer", " ".join(out.split()))
+        self.assertEqual(self.chat("Hi", KeyboardInterrupt)[0], 130)
+
+    def test_answers_of_a_batch_are_those_of_each_prompt_alone(self):
+        model = tiny_model(spread=0.3)
+        batch, alone = ([dict(record) for record in RECORDS] for _ in range(2))
+        instruct.generate_responses(model, BYTES, batch, "phi3", 40, batch_size=7)
+        for entry in alone:
+            instruct.generate_responses(model, BYTES, [entry], "phi3", 40)
+        self.assertEqual(batch, alone)
+
+    def test_a_later_answer_uses_an_earlier_turn(self):
+        """A small model learns to say who spoke; without the earlier turn it cannot know."""
+        names = ["".join(pair) for pair in itertools.product("abcdefghijklmnopqrst", repeat=2)]
+        random.Random(0).shuffle(names)
+        records = [{"history": [(f"I am {name}.", "Hi!")], "instruction": "Who am I?",
+                    "output": name} for name in names[:280]]
+        model = tiny_model(context_length=128, emb_dim=32, drop_rate=0.0)
+        loader = torch.utils.data.DataLoader(set_of(*records[40:], mask_prompt=True), 16,
+                                             shuffle=True, collate_fn=collate)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        quietly(instruct.train_model_simple, model, loader, loader, optimizer, "cpu", 10, 999, 1,
+                "a", BYTES)
+        for cut_off, low, high in (({}, 0.8, 1), ({"history": []}, 0, 0.1)):
+            entries = [{**entry, **cut_off} for entry in records[:40]]
+            instruct.generate_responses(model, BYTES, entries, "phi3", 8)
+            share = sum(e["model_response"] == e["output"] for e in entries) / 40
+            self.assertTrue(low <= share <= high, share)
+
+    def test_scores_written_out_of_the_last_answer_alone(self):
         for answer, truth, expected in (("The cat sat.", "the cat sat down", 6 / 7),
                                         ("a a", "b", 0), ("", "b", 0), ("?", "?", 1)):
             self.assertAlmostEqual(instruct.token_f1(answer, truth), expected)
+        model, entry = tiny_model(spread=0.3, context_length=128), {**ANN, "model_response": "Ann."}
+        means = instruct.score_responses(model, BYTES, [entry], "phi3")
+        logits = model(torch.tensor([ANN_ROW]))[0, -5:]
+        expected = F.cross_entropy(logits, torch.tensor([*b"Ann.", 256])).item()
+        self.assertAlmostEqual(means["response_loss"], expected, places=3)
+        self.assertEqual((means["exact_match"], means["token_f1"]), (1, 1))
 
-    def test_the_book_s_question_the_first_integer_counts_and_no_score_is_lost(self):
-        replies, questions = ["11", None, "Score: 40/100", "very good", "1000"], []
+    def test_the_judge_gets_the_book_s_question_and_its_first_integer_counts(self):
+        replies, questions = ["11", "Score: 40/100", "very good", "1000"], []
 
         def ollama(request):
             questions.append(json.loads(request.rfile.read(int(request.headers["Content-Length"]))))
-            reply = replies.pop(0)
-            body = {"message": {"content": reply}} if reply else {"error": "busy"}
-            send(request, json.dumps(body).encode())
+            send(request, json.dumps({"message": {"content": replies.pop(0)}}).encode())
 
-        self.write("run-responses.json", json.dumps(
-            [{**record, "model_response": "AAA"} for record in RECORDS[:4]]
-            + [{**RECORDS[0], "model_response": ""}]))
-        url = serve(self, ollama)
-        judge = f"finetune_instruct.py --judge llama3 --judge-url {url} --out run.pt"
-        status, _, err = call(judge)
-        self.assertEqual((status, "busy" in err, "ollama pull llama3" in err), (1, True, True))
-        self.assertIn("17.00 of 100", self.ok(judge))              # (11 + 40 + 0) / 3
+        entries = [{**record, "model_response": "AAA"} for record in [ANN, *RECORDS[:3]]]
+        self.write("run-responses.json", json.dumps([*entries, {**ANN, "model_response": ""}]))
+        self.assertIn("17.00 of 100", self.ok(                      # (11 + 40 + 0) / 3
+            f"finetune_instruct.py --judge x --judge-url {serve(self, ollama)} --out run.pt"))
         entries = json.loads(Path("run-responses.json").read_text(encoding="utf-8"))
         self.assertEqual([e["judge"]["score"] for e in entries], [11, 40, None, None, 0])
         self.assertEqual(questions[0]["options"], {"seed": 123, "temperature": 0, "num_ctx": 2048})
-        self.assertEqual(questions[0]["messages"][0]["content"],
+        self.assertIn("input `I am Ann.\nHello!\n", questions[0]["messages"][0]["content"])
+        self.assertEqual(questions[1]["messages"][0]["content"],
                          f"Given the input `{instruct.format_input(RECORDS[0])}` and correct "
                          "output `one`, score the model response `AAA` on a scale from 0 to 100, "
                          "where 100 is the best score. Respond with the integer number only.")
 
 
-# ---------------------------------------------------------------------------------------------
-# All scripts: mistakes people make, each one sentence
+class TestInstructRun(InFolder):
+    def test_the_run_is_the_plain_loop_whatever_the_batches(self):
+        """All records at once, or three batches of nine with their gradients added: one loss."""
+        gpt.save_checkpoint("tiny.pt", tiny_model(0.2, drop_rate=0.0), BYTES)
+        for mask in (True, False):
+            train = collate(list(set_of(*RECORDS[:25], mask_prompt=mask)))
+            val = collate(list(set_of(*RECORDS[28:], mask_prompt=mask)))
+            model = gpt.load_checkpoint("tiny.pt")[0]
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+            losses, val_losses = [], []
+            for _ in range(3):
+                val_losses.append(F.cross_entropy(model(val[0]).flatten(0, 1), val[1].flatten()))
+                losses.append(F.cross_entropy(model(train[0]).flatten(0, 1), train[1].flatten()))
+                optimizer.zero_grad()
+                losses[-1].backward()
+                optimizer.step()
+            for split in ("--batch-size 25", "--batch-size 9 --grad-accum 3"):
+                self.ok(INSTRUCT + f"--no-responses --epochs 3 --eval-every 1 {split} "
+                        + ("" if mask else "--no-mask-prompt"))
+                for name, expected in (("val_loss", val_losses), ("train_loss", losses)):
+                    actual = self.metrics()[name][name == "train_loss":][:3]
+                    np.testing.assert_allclose(actual, torch.stack(expected).tolist(), atol=2e-3)
 
-class TestRefusals(InFolder):
-    def check(self, status, cases):
-        """Each command ends with this status and one line that has these words; no file changes."""
+    def test_the_book_s_call_of_chapter_7_works_as_it_stands(self):
+        """Only the tokenizer and the sizes are small ones."""
+        model, device = tiny_model(drop_rate=0.0), torch.device("cpu")
+        train_loader, val_loader = (torch.utils.data.DataLoader(
+            instruct.InstructionDataset(RECORDS[:24], BYTES), batch_size=8, shuffle=True,
+            collate_fn=lambda batch: instruct.custom_collate_fn(batch, 256, device=device,
+                                                                allowed_max_length=64),
+            drop_last=True, num_workers=0) for _ in range(2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        train_losses, val_losses, tokens_seen = quietly(
+            instruct.train_model_simple, model, train_loader, val_loader, optimizer, device,
+            num_epochs=4, eval_freq=5, eval_iter=5,
+            start_context=instruct.format_input(RECORDS[24]), tokenizer=BYTES)
+        self.assertEqual(tokens_seen, [0, 5 * 8 * 64, 10 * 8 * 64, 12 * 8 * 64])
+        self.assertLess(val_losses[-1], val_losses[0] - 1)
+        self.assertEqual(len(train_losses), 4)
+
+    def test_interrupted_at_any_step_and_resumed_or_prolonged_it_ends_with_the_same_weights(self):
+        gpt.save_checkpoint("tiny.pt", tiny_model(0.3, drop_rate=0.2), BYTES)
+        run = INSTRUCT + "--no-responses --batch-size 4 --grad-accum 2 --eval-every 3 --epochs "
+        self.ok(run + "3")
+        expected, log, done = weights("run.pt"), Path("run.csv").read_bytes(), gpt.Run.done
+        for stop_at in (2, 5, 12):
+            with mock.patch.object(gpt.Run, "done", lambda run, *args: done(run, *args)
+                                   if run.step + 1 < stop_at else os.kill(os.getpid(), 2)):
+                self.assertEqual(call(run + "3")[0], 130)
+            self.ok(run + "3 --resume")
+            self.assertTrue(torch.equal(weights("run.pt"), expected), stop_at)
+            self.assertEqual(Path("run.csv").read_bytes(), log)
+        self.ok(run + "2 --max-steps 6")
+        self.ok(run + "3 --resume")
+        self.assertTrue(torch.equal(weights("run.pt"), expected))
+
+    def test_a_run_answers_scores_and_is_asked(self):
+        long = [{"instruction": "x" * 60, "output": "y"}, {"instruction": "x", "output": "y" * 60}]
+        self.write("records.json", json.dumps([*RECORDS, *long]))
+        out = self.ok(INSTRUCT + "--epochs 3 --train lora")
+        self.assertLess(max(map(len, out.split("\n"))), 80)
+        self.assertIn("1 lose their oldest turns or the end of the answer, 1 are left out",
+                      " ".join(out.split()))
+        entries = json.loads(Path("run-responses.json").read_text(encoding="utf-8"))
+        self.assertEqual([e["output"] for e in entries], [r["output"] for r in RECORDS[27:30]])
+        self.assertIn(f"token f1 {sum(e['token_f1'] for e in entries) / 3:.3f}",
+                      " ".join(out.split()))
+        for entry in entries:
+            answer = self.ok("finetune_instruct.py --checkpoint run.pt --dtype float32 "
+                             "--max-new-tokens 8 --ask '{instruction}' --input '{input}'"
+                             .format(**entry))
+            self.assertEqual(answer.strip(), entry["model_response"])
+
+    def test_the_style_follows_flag_checkpoint_and_context_and_splits_may_be_files(self):
+        self.write("val.json", json.dumps([ANN]))
+        files = "--data records.json --val-data val.json --test-data val.json --init tiny.pt "
+        model, tokenizer = quietly(instruct.main, (
+            files + "--max-steps 1 --max-new-tokens 1 --out run.pt").split())
+        self.assertEqual((model.training, tokenizer.n_vocab), (False, 257))
+        saved = gpt.load_checkpoint("run.pt")[2]
+        self.assertEqual((saved["prompt_style"], saved["prompt_texts"]),
+                         ("phi3", instruct.PROMPT_STYLES["phi3"]))
+        entry, = json.loads(Path("run-responses.json").read_text(encoding="utf-8"))
+        self.assertEqual(entry["instruction"], ANN["instruction"])
+        for given, saved, context, style in ((None, {}, 1024, "alpaca"), (None, {}, 256, "phi3"),
+                                             ("alpaca", {}, 256, "alpaca"),
+                                             (None, {"prompt_style": "phi3"}, 1024, "phi3")):
+            self.assertEqual(instruct.pick_style(given, saved, context), style)
+
+
+class TestInstructRefusals(InFolder):
+    def check(self, status, cases, run="finetune_instruct.py "):
+        """Each command ends with this status and these words, and changes no file."""
         def files():
-            return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()
-                    and path.parent.name != "data"}
+            return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
         before = files()
-        for command, words in cases.items():
-            with self.subTest(command=command):
-                actual, _, err = call(command)
-                self.assertEqual((actual, err.count("\n")), (status, 1), err)
-                self.assertIn(words, err)
+        for flags, words in cases.items():
+            with self.subTest(flags):
+                actual, _, err = call(run + flags)
+                self.assertEqual(actual, status, err)
+                self.assertIn(words, " ".join(err.split()))
         self.assertEqual(files(), before)
 
     def test_what_people_mistype_or_lack(self):
-        for name, content in {
-                "empty.txt": "", "short.txt": "too short", "binary.txt": b"a\0b" * 100,
-                "latin.txt": "café".encode("latin-1") * 100, "utf16.txt": TEXT.encode("utf-16"),
-                "one.tsv": labelled_lines(classes=("ham",)), "run.csv": labelled_lines(),
-                "rare.tsv": labelled_lines() + "eggs\ta\neggs\tb\n",
-                "ragged.csv": "label,text\nham,Hello\nham,Hello, how are you\n",
-                "mine.pt": "my notes", "mine/notes.txt": "keep me", "mine.gguf": "keep me"}.items():
-            self.write(name, content)
-        Path("folder").mkdir()
-        gpt.replace_head(model := tiny_model(), 2)
-        gpt.save_checkpoint("class.pt", model, BYTES, class_names=["a", "b"])
-        for run, cases in {
-                PRETRAIN: {
-                    "--data none.txt": "none.txt", "--data empty.txt": "is empty",
-                    "--data short.txt": "too short", "--data folder": "0 files is too short",
-                    "--data latin.txt": "iconv -f latin1 ", "--data utf16.txt": "iconv -f utf-16 ",
-                    "--data binary.txt": "not a text file", "--tokenizer gpt9": "gpt9",
-                    "--tokenizer none.tiktoken": "python tokenizer.py train",
-                    "--n-heads 5": "5 heads", "--device tpu": "not available",
-                    "--out text.txt/x.pt": "text.txt", "--out mine.pt": "is no checkpoint of this",
-                    "--data run.csv": "run.csv is read by this command",
-                    "--data mine --out mine/new.pt": "is read by this command"},
-                "pretrain.py ": {"--init none.pt": "none.pt", "--preset gpt2": "--data "},
-                CLASSIFY: {
-                    "--data none.tsv": "none.tsv", "--data empty.txt": "is empty",
-                    "--data one.tsv": "1 class", "--data rare.tsv": "'eggs', with 2",
-                    "--data ragged.csv": "line 3", "--label-column stars": "no column 'stars'",
-                    "--text-column 1": "same column", "--data run.csv": "run.csv is read by this",
-                    "--out tiny.pt": "tiny.pt is read by this command"},
-                "finetune_classifier.py ": {"": "python pretrain.py", "--classify x": "classifier"},
-                INSTRUCT: {"--data none.json": "none.json", "--data text.txt": "not JSON",
-                           "--out ./tiny.pt": "tiny.pt is read by this command"},
-                "finetune_instruct.py ": {"": "python pretrain.py", "--judge x": "no answers",
-                                          f"--checkpoint tiny.pt --ask {'x' * 99}": "shorter"},
-                "gpt.py ": {
-                    "--prompt x": "python pretrain.py", "--checkpoint class.pt": "classifier",
-                    "--checkpoint tiny.pt --explain --layer 2": "2 layers"},
-                "load_gpt2.py ": {
-                    "--from nowhere": "nowhere", "--from folder": "holds neither format",
-                    "--from . --out mine.pt": "is no checkpoint of this",
-                    "--checkpoint class.pt --export x/": "holds a classifier",
-                    "--checkpoint tiny.pt --export mine": "something else",
-                    "--checkpoint tiny.pt --export mine.gguf": "no GGUF"},
-                "tokenizer.py train ": {
-                    "none.txt": "none.txt", "text.txt --vocab-size 9": "at least 257",
-                    "text.txt --vocab-size 2000000": "at most 1114111",
-                    "text.txt --out text.txt": "not a rank file",
-                    "text.txt --out mine.pt": "mine.pt"},
-        }.items():
-            self.check(1, {run + flags: words for flags, words in cases.items()})
+        self.write("one.json", '[{"instruction": "a", "output": "b"}]')
+        self.write("mine-responses.json", "[]")
+        self.check(1, {
+            "--data none.json": "none.json", "--data text.txt": "JSON list",
+            "--data one.json": "one record to train", "--out ./tiny.pt": "tiny.pt is read by this",
+            "--val-data text.txt --test-data one.json": "text.txt must be",
+            "--out mine.pt": "mine-responses.json is not of this project"}, INSTRUCT)
+        self.check(1, {
+            "": "python pretrain.py", "--judge x": "make it anew with: python finetune_instruct.py",
+            "--chat": "make one with: python finetune_instruct.py",
+            f"--checkpoint tiny.pt --ask {'x' * 99}": "shorter"})
+        self.check(2, {flags: "see " for flags in (
+            "--test-data x", "--chat --ask x", "--judge ''", "--ask ''", "--data ''",
+            "--lora-rank 0", "--max-new-tokens 0", "--temperature -1", "--prompt-style x")})
 
-    def test_wrong_usage_is_status_2(self):
-        for run, flags in {
-                PRETRAIN: ("--batch-size 0", "--max-steps -1", "--lr nan", "--lr 0", "--epochs x",
-                           "--preset none", "--val-share 1.5", "--dtype x", "--out run.txt",
-                           "--out run-resume.pt", "--max 3", "--seed 99999999999",
-                           "--non\x1bsense"),
-                "pretrain.py ": ("--init a.pt --tokenizer bytes",),
-                "gpt.py ": ("--temperature -1", "--top-p 2", "--top-k 0"),
-                CLASSIFY: ("--train some",), "tokenizer.py ": ("compare text.txt",),
-                "finetune_instruct.py ": ("--input x", "--chat --ask x"),
-                "load_gpt2.py ": ("--size 3B", "--export x/ --quantize q8_0")}.items():
-            self.check(2, {run + flag: "see " for flag in flags})
-
-    def test_without_a_network_the_error_names_the_addresses_and_the_place_for_the_file(self):
-        for command, words in [
-                ("pretrain.py --preset verdict", "data.the-verdict.txt.*https://"),
-                ("finetune_classifier.py --init tiny.pt", "data.SMSSpamCollection.*https://"),
-                ("finetune_instruct.py --init tiny.pt", "data.instruction-data.json.*https://"),
-                ("tokenizer.py encode hi", "data.vocab.bpe.*https://"),
-                ("load_gpt2.py --size 355M", "huggingface.co/openai-community/gpt2-medium/resolve.*"
-                 "openaipublic.blob.core.windows.net/.*f001.backblazeb2.com/")]:
-            with mock.patch("requests.get", side_effect=requests.ConnectionError("unplugged")):
-                status, out, err = call(command)
-            self.assertEqual(status, 1)
-            self.assertRegex(out + err, f"(?s){words}.*unplugged")
-
-    def test_wrong_arguments_in_python_are_a_value_error_that_says_why(self):
-        model, idx = tiny_model(), torch.zeros(1, 2, dtype=torch.long)
-        for function, words in [
-                (lambda: gpt.MultiHeadAttention(8, 8, 5, 0.0, num_heads=3), "not divisible"),
-                (lambda: model(torch.zeros(1, 65, dtype=torch.long)), "65 tokens do not fit"),
-                (lambda: generate(model, idx, 2, 64, top_p=1.5), "top_p"),
-                (lambda: generate(model, idx[:, :0], 2, 64), "prompt is empty"),
-                (lambda: pretrain.GPTDatasetV1("abcdefgh", BYTES, 8, stride=8), "at least 9"),
-                (lambda: tok.BPETokenizer().encode("ab\ud83d"), "surrogates")]:
-            with self.assertRaisesRegex(ValueError, words):
-                function()
-
-
-class TestRepository(unittest.TestCase):
-    def test_a_stage_imports_nothing_of_ours_but_gpt_and_every_open_names_its_encoding(self):
-        for script in SCRIPTS:
-            code = (ROOT / script).read_text(encoding="utf-8")
-            imported = set(re.findall(r"^\s*(?:from|import) (\w+)", code, re.MULTILINE))
-            self.assertEqual(imported & {name[:-3] for name in SCRIPTS},
-                             set() if script == "gpt.py" else {"gpt"})
-            for node in ast.walk(ast.parse(code)):
-                text = ast.unparse(node) if isinstance(node, ast.Call) else ""
-                if re.match(r"open\(|.*\.(read|write)_text\(", text, re.DOTALL):
-                    self.assertRegex(text, r"encoding=|'[rwa]b'", script)
-
-    def test_every_command_in_the_readme_parses(self):
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        commands = re.findall(r"^!?(?:torchrun \S+ \d+|python) (\w+\.py.*?)(?:  +#.*)?$", readme,
-                              re.MULTILINE)
-        self.assertGreater(len(commands), 20)
-        for command in commands:
-            script, *words = shlex.split(command, comments=True)
-            sub = words[0] if words and words[0] in ("train", "encode") else ""
-            status, text, _ = call(f"{script} {sub} --help")
-            self.assertEqual(status, 0)
-            for flag in re.findall(r"--[a-z][a-z0-9-]+", " ".join(words)):
-                self.assertIn(flag, text, command)
+    def test_an_edited_file_of_responses_or_a_judge_s_odd_answer_is_a_sentence(self):
+        good = {**RECORDS[0], "model_response": "A"}
+        for content in ("", "[1]", "5", json.dumps([RECORDS[0]]),
+                        json.dumps([{**good, "history": [5]}])):
+            self.write("run-responses.json", content)
+            self.check(1, {"--judge x --out run.pt": "run-responses.json cannot be used"})
+        self.write("run-responses.json", json.dumps([good]))
+        for reply in (b"5", b"<html>", b'{"error": "busy"}', b'{"message": {"content": ["x"]}}'):
+            url = serve(self, lambda request: send(request, reply))
+            self.check(1, {f"--judge x --judge-url {url} --out run.pt": "ollama pull x"})
 
 
 if __name__ == "__main__":
-    unittest.main(warnings="ignore")
+    unittest.main()

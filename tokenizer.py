@@ -1,31 +1,34 @@
 """Text to token IDs: word by word, then byte-pair encoding, trained and used from scratch.
 
     python tokenizer.py                                    a walk from words to byte pairs
-    python tokenizer.py train data/the-verdict.txt --vocab-size 1024 --out checkpoints/my.tiktoken
+    python tokenizer.py train --stories                    learn a vocabulary from stories
+    python tokenizer.py train my_texts/ --vocab-size 1024 --out checkpoints/my.tiktoken
     python tokenizer.py encode --tokenizer checkpoints/my.tiktoken "It was not till later"
 
-A model computes with numbers, so text is first turned into token IDs, and IDs into text at the end.
+A model computes with numbers. So a text is cut into tokens, words or parts of words, and each token
+has a number, its ID. All tokens with their IDs are the vocabulary. What a model writes are IDs
+again; the same vocabulary turns them into text.
+
 Follows *Build a Large Language Model (From Scratch)*, chapter 2. Byte-pair encoding: Gage 1994; for
-words, Sennrich et al. 2016 (arXiv 1508.07909); on bytes, GPT-2 (Radford et al. 2019). Left out:
-unigram, WordPiece, normalization.
+words, Sennrich et al. 2016 (arXiv 1508.07909); on bytes, GPT-2 (Radford et al. 2019).
 """
 
-import base64
 import heapq
+import shlex
 import sys
-import time
 from collections import Counter, defaultdict
 from functools import lru_cache
 from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
 
+from gpt import (
+    END_OF_TEXT, GPT2_SPLIT_PATTERN, ArgumentParser, argument, find_files, find_stories,
+    load_tokenizer, name, path, progress, ranks_to_text, read_gpt2_ranks, read_pieces,
+    read_rank_file, run_main, say, write_atomically)
+
 import regex  # like re, but knows \p{L}, any letter
 
-from gpt import (GPT2_SPLIT_PATTERN, VOCAB_BPE, ArgumentParser, Progress, UserError,
-                 load_tokenizer, positive_int, read_gpt2_ranks, read_rank_file, read_text_pieces,
-                 run_main, say, write_atomically)
-
-END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"  # between documents; for unknown words
+UNKNOWN = "<|unk|>"  # in place of an unknown word; END_OF_TEXT, "<|endoftext|>", divides documents
 BYTES = {bytes([i]): i for i in range(256)}  # the first 256 tokens, each with its ID
 
 
@@ -33,12 +36,8 @@ BYTES = {bytes([i]): i for i in range(256)}  # the first 256 tokens, each with i
 # Words. The plainest tokenizer: a token is a word or a punctuation mark. Book sections 2.2 to 2.4.
 
 def split_words(text):
-    """Cut a text at white space (dropped), punctuation and double hyphens (kept).
-
-    Example:
-        split_words("Hello, world. Is this-- a test?")
-        # ['Hello', ',', 'world', '.', 'Is', 'this', '--', 'a', 'test', '?']
-    """
+    """Cut a text into words and marks: "Is this-- true?" -> ['Is', 'this', '--', 'true', '?']."""
+    # The ( ) keep the marks that split; `if` drops white space and empty strings.
     return [w for w in regex.split(r"""([,.:;?_!"()']|--|\s)""", text) if w.strip()]
 
 
@@ -49,12 +48,7 @@ def build_vocab(text, special_tokens=(END_OF_TEXT, UNKNOWN)):
 
 
 class SimpleTokenizerV1:
-    """Words to IDs and back, for the words of `vocab` ({word: ID}) only. Book section 2.3.
-
-    Example:
-        tokenizer = SimpleTokenizerV1(build_vocab("the cat sat on the mat."))
-        tokenizer.decode(tokenizer.encode("the mat sat."))     # 'the mat sat.'
-    """
+    """Words to IDs and back, for the words of `vocab` ({word: ID}) only. Book section 2.3."""
 
     def __init__(self, vocab):
         self.str_to_int = vocab
@@ -65,7 +59,7 @@ class SimpleTokenizerV1:
         return [self.str_to_int[word] for word in split_words(text)]
 
     def decode(self, ids):
-        """IDs -> text: a space between words, none before most marks. Raises KeyError."""
+        """IDs -> text: words with a space between, none before a mark. Raises KeyError."""
         text = " ".join(self.int_to_str[i] for i in ids)
         return regex.sub(r"""\s+([,.:;?!"()'])""", r"\1", text)
 
@@ -74,7 +68,7 @@ class SimpleTokenizerV2(SimpleTokenizerV1):
     """The same, but an unknown word becomes `<|unk|>`, which `vocab` must hold. Section 2.4."""
 
     def encode(self, text):
-        """Text -> list of IDs; never fails, but every unknown word becomes the same ID."""
+        """Text -> list of IDs. It never fails, but all unknown words become the same ID."""
         unknown = self.str_to_int[UNKNOWN]
         return [self.str_to_int.get(word, unknown) for word in split_words(text)]
 
@@ -93,7 +87,8 @@ class SimpleTokenizerV2(SimpleTokenizerV1):
 
 def merge_pair(tokens, pair, new):
     """The list of tokens with `new` for each `pair` of neighbours, from left to right."""
-    merged, i = [], 0
+    merged = []
+    i = 0
     while i < len(tokens):
         found = tuple(tokens[i:i + 2]) == pair
         merged.append(new if found else tokens[i])
@@ -109,17 +104,16 @@ def merge_once(ids, new_id):
         # ((97, 97), 4, [256, 97, 98, 100, 256, 97, 98, 97, 99])
     """
     counts = Counter(pairwise(ids))
-    best = min(counts, key=lambda pair: (-counts[pair], pair))
+    best = min(counts, key=lambda pair: (-counts[pair], pair))  # highest count, then smallest IDs
     return best, counts[best], merge_pair(ids, best, new_id)
 
 
 def train_simple(text, num_merges):
-    """The simplest trainer, without chunks -> (merges [((left, right), count)], the text's IDs)."""
-    ids, merges = list(text.encode("utf-8")), []
-    for new_id in range(256, 256 + num_merges):
-        if len(ids) < 2:
-            break  # nothing is left to merge
-        pair, count, ids = merge_once(ids, new_id)
+    """The simplest trainer: a loop -> (merges [((left, right), count)], the text's IDs)."""
+    ids = list(text.encode("utf-8"))  # UTF-8 writes each character as one to four bytes
+    merges = []
+    while len(ids) > 1 and len(merges) < num_merges:
+        pair, count, ids = merge_once(ids, 256 + len(merges))
         merges.append((pair, count))
     return merges, ids
 
@@ -138,26 +132,30 @@ def train_simple(text, num_merges):
 #
 # Equal chunks merge equally, so training needs only the distinct ones, with their counts.
 
-def count_chunks(text, counts):
-    """Add the chunks of `text` to `counts`, {chunk: how often}; long ones in pieces."""
-    counts.update(chunk[i:i + 1000] for chunk in regex.findall(GPT2_SPLIT_PATTERN, text)
-                  for i in range(0, len(chunk), 1000))
+def count_chunks(text):
+    """Text -> {chunk as UTF-8 bytes: how often}. `<|endoftext|>` divides documents."""
+    found = Counter()
+    for document in text.split(END_OF_TEXT):
+        found.update(regex.findall(GPT2_SPLIT_PATTERN, document))
+
+    # Chunks of over 10,000 characters, such as rows of spaces, would take long and are left out.
+    return {chunk.encode("utf-8"): n for chunk, n in found.items() if len(chunk) <= 10_000}
 
 
 # ---------------------------------------------------------------------------------------------
 # The fast trainer. Where `merge_once` looks at everything, this one visits only the chunks that
-# hold the best pair: 8,192 tokens from 1.4 MB take less than a second. It writes a token as one
-# character, the one whose number is the ID, and a chunk as a string of those, because Python is
-# fast at finding a pair of characters in a string and at putting another in its place.
+# hold the best pair: 8,192 tokens from 1.4 MB take less than a second. Here a token is one
+# character, chr(ID), and a chunk is a string of them, because Python is fast at finding and
+# replacing in strings. `tokens` gives the bytes of each character.
 
 def learn_merges(chunk_counts):
     """{chunk as bytes: how often} -> (left, right, count) per new token, most frequent first."""
     tokens = {chr(i): token for token, i in BYTES.items()}
-    chunks = [chunk.decode("latin-1") for chunk in chunk_counts]  # a character for each byte
+    chunks = [chunk.decode("latin-1") for chunk in chunk_counts]  # latin-1: byte i becomes chr(i)
     weights = list(chunk_counts.values())
 
-    # Count each pair, and note which chunks hold it. The queue keeps the smallest first, so counts
-    # are negative in it.
+    # Count each pair, and note which chunks hold it. A heap gives its smallest entry first. We want
+    # the largest count, so it holds negative counts.
     counts, places = defaultdict(int), defaultdict(list)
     for n, chunk in enumerate(chunks):
         for pair in map("".join, pairwise(chunk)):
@@ -167,7 +165,8 @@ def learn_merges(chunk_counts):
     heapq.heapify(queue)
 
     while queue and queue[0][0]:  # until no pair is left that occurs
-        # The best pair comes first; if its count fell since it was queued, queue it again.
+        # The best pair comes first. Other merges may have lowered its count since it was queued;
+        # then it is queued again with the true one.
         count, pair = heapq.heappop(queue)
         if counts[pair] != -count:
             heapq.heappush(queue, (-counts[pair], pair))
@@ -178,7 +177,8 @@ def learn_merges(chunk_counts):
         tokens[new] = tokens[left] + tokens[right]
         yield tokens[left], tokens[right], -count
 
-        # Merge it in its chunks. With N for ab, "xaby" becomes "xNy": -"xa" -"by" +"xN" +"Ny".
+        # Merge it in its chunks, and correct the counts around it. If "ab" becomes N, then "xaby"
+        # becomes "xNy": the pairs "xa" and "by" lose one, "xN" and "Ny" gain one.
         arose = set()
         for n in places.pop(pair):  # some no longer hold it: `while` skips them
             while pair in chunks[n]:
@@ -202,61 +202,36 @@ def learn_merges(chunk_counts):
 # replays it: of all neighbours in a chunk, those that form the token of lowest rank merge first.
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding: `decode(encode(text)) == text` for any text.
+    """Byte-level byte-pair encoding: `decode(encode(text)) == text` for any text. Section 2.5.
 
     A new one knows the 256 bytes; `train`, `load` and `from_gpt2` give it a vocabulary. A token's
-    ID is its rank; `<|endoftext|>` follows the last. The other scripts take it, too. Section 2.5.
-
-    Example:
-        tokenizer = BPETokenizer()
-        tokenizer.train(open("data/the-verdict.txt", encoding="utf-8").read(), vocab_size=1000)
-        ids = tokenizer.encode("I had always thought Jack Gisburn rather a cheap genius")
-        tokenizer.save("checkpoints/verdict.tiktoken")
+    ID is its rank. `<|endoftext|>` comes last, with the ID `eot_token`; `n_vocab` counts them all.
     """
 
-    def __init__(self, ranks=None, name=None):
+    def __init__(self, ranks=None, name="bpe"):
         # Named as in tiktoken, OpenAI's tokenizer library, so that gpt.py can use either.
-        self.name = name or (f"bpe-{len(ranks) + 1}" if ranks else "bytes")
+        self.name = name if ranks else "bytes"
         self._pat_str = GPT2_SPLIT_PATTERN
         self._mergeable_ranks = ranks or dict(BYTES)
         self.eot_token = len(self._mergeable_ranks)
         self.n_vocab = self.eot_token + 1
-        self._tokens = dict(enumerate([*self._mergeable_ranks, END_OF_TEXT.encode()]))
-        self._encode_chunk.cache_clear()  # it is shared by all tokenizers; the ranks changed
+        self._tokens = {rank: token for token, rank in self._mergeable_ranks.items()}
+        self._tokens[self.eot_token] = END_OF_TEXT.encode()
+        self._encode_chunk.cache_clear()  # what it remembers was made with other ranks
 
     def train(self, text, vocab_size):
-        """Learn a vocabulary of `vocab_size` tokens, the bytes and the end of text included.
-
-        `text` is a str or an iterable of str, read once and never held as a whole; cut it before
-        white space. A text too small gives fewer tokens and a warning on stderr. Raises UserError
-        for fewer than 257 tokens, UnicodeEncodeError as `encode` does.
-        """
-        if vocab_size < 257:
-            raise UserError(f"{vocab_size} tokens are too few; ask for at least 257")
-        if vocab_size > sys.maxunicode:  # `learn_merges` has a character for each
-            raise UserError(f"{vocab_size} tokens are too many; ask for at most {sys.maxunicode}")
-        counts, wanted = Counter(), vocab_size - 257
-        for piece in [text] if isinstance(text, str) else text:
-            for part in piece.split(END_OF_TEXT):
-                count_chunks(part, counts)
-
-        # Each merge gives the token of the next rank.
-        ranks, progress = dict(BYTES), Progress(wanted, "merges")
-        merges = learn_merges({chunk.encode("utf-8"): n for chunk, n in counts.items()})
-        for left, right, count in islice(merges, wanted):
-            ranks[left + right] = len(ranks)
-            progress.update(len(ranks) - 256, f"merging, now pairs seen {count:,} times")
-        progress.close()
-        if len(ranks) - 256 < wanted:
-            print(f"too small a text: there were {len(ranks) - 256:,}, not {wanted:,} merges",
-                  file=sys.stderr)
+        """Learn from a text, or its `count_chunks`, until there are `vocab_size` tokens (> 256)."""
+        counts = count_chunks(text) if isinstance(text, str) else text
+        ranks = dict(BYTES)
+        for left, right, _ in islice(learn_merges(counts), vocab_size - 257):
+            ranks[left + right] = len(ranks)  # each merge makes the token of the next rank
         self.__init__(ranks)
 
     def encode(self, text, allowed_special=frozenset(), disallowed_special=()):
-        """Text -> list of token IDs. `disallowed_special` is ignored; tiktoken has it.
+        """Text -> list of token IDs.
 
-        `<|endoftext|>` in the text is plain text unless `allowed_special`, a set or "all", holds
-        it. Raises UnicodeEncodeError for a lone surrogate, half a character, which has no UTF-8.
+        `<|endoftext|>` in the text becomes its token if `allowed_special`, a set or "all", holds
+        it; else it is plain text. `disallowed_special` is there for calls written for tiktoken.
         """
         special = allowed_special == "all" or END_OF_TEXT in allowed_special
         ids = []
@@ -288,8 +263,7 @@ class BPETokenizer:
     def save(self, path):
         """Write tiktoken's rank file, all or nothing; `gpt.load_tokenizer(path)` reads it too."""
         with write_atomically(path) as part:
-            part.write_bytes(b"".join(b"%b %d\n" % (base64.b64encode(token), rank)
-                                      for token, rank in self._mergeable_ranks.items()))
+            part.write_text(ranks_to_text(self._mergeable_ranks), encoding="utf-8")
 
     @classmethod
     def load(cls, path):
@@ -298,135 +272,143 @@ class BPETokenizer:
 
     @classmethod
     def from_gpt2(cls, vocab_bpe=None, encoder_json=None):
-        """GPT-2's vocabulary from OpenAI's `vocab.bpe` (downloaded) alone. Raises UserError."""
+        """GPT-2's vocabulary from the file `vocab_bpe`, downloaded if not given. Raises UserError.
+
+        OpenAI's second file, `encoder_json`, is not needed: the order of the merges gives the IDs.
+        """
         return cls(read_gpt2_ranks(vocab_bpe), "gpt2")
+
+
+# The same by hand, in Python:
+#     from tokenizer import BPETokenizer
+#     tokenizer = BPETokenizer()
+#     tokenizer.train(open("README.md", encoding="utf-8").read(), vocab_size=1000)
+#     ids = tokenizer.encode("A token is a word or a part of one.")
+#     print(ids, [tokenizer.decode([i]) for i in ids])
+#     tokenizer.save("checkpoints/readme.tiktoken")
+#
+# Try it:
+# 1. The same word can be different tokens. What makes the difference?
+#        python tokenizer.py encode "bread Bread BREAD bread"
+# 2. With four times the vocabulary, is a text four times as short? Try 300, 1200 and 4800.
+#        python tokenizer.py train --stories --vocab-size 300 --out checkpoints/try.tiktoken
+# 3. A vocabulary is made for its text. What does this one make of other languages?
+#        python tokenizer.py encode --tokenizer checkpoints/try.tiktoken "bread, Brot, хлеб"
 
 
 # =============================================================================================
 # The lesson ends here. What follows: the walk, and the commands train and encode.
 # =============================================================================================
 
-STORY = ("The baker bakes bread before the break of day. The bread the baker bakes is brown, and "
-         "the brown bread is better than the bread of the other bakers. 'Do bakers bake better "
-         "bread by day?' the other bakers ask. 'The better baker bakes by the break of day,' the "
-         "baker says, and takes the brown bread to the other end of the bay.")
-SENTENCE = "The baker bakes better pancakes."
-
-
 def show(tokenizer, ids):
-    """IDs -> a line of tokens, in colours on a terminal, else with | between; odd ones escaped."""
-    texts = [tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids]
-    texts = [repr(text)[1:-1].replace(r"\\", "\\") for text in texts]
-    if not sys.stdout.isatty():
-        return "|".join(texts)
-    colours = cycle((153, 222, 157, 218, 189))  # black on pastel, readable on any background
-    return "".join(f"\x1b[30;48;5;{c}m{text}\x1b[0m" for c, text in zip(colours, texts))
+    """IDs -> their tokens in lines of 79 columns: in colours on a terminal, else a | after each."""
+    shown, column = "", 0
+    for i, colour in zip(ids, cycle((153, 222, 157, 218, 189))):  # pastel, behind black letters
+        text = tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace")
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # a line break: \n
+
+        if column and column + len(text) > 78:
+            shown, column = shown + "\n", 0
+        column += len(text) + 1
+        shown += f"\x1b[30;48;5;{colour}m{text}\x1b[0m" if sys.stdout.isatty() else f"{text}|"
+    return shown
 
 
 def walk():
-    """A sentence as words, as byte pairs learned before your eyes, and in GPT-2's vocabulary."""
-    vocab = build_vocab(STORY)
-    v1, v2 = SimpleTokenizerV1(vocab), SimpleTokenizerV2(vocab)
-    print(f"A story of {len(STORY)} characters:\n\n  {STORY[:85]}...\n")
-    print(f"1. Words and marks, {len(vocab) - 2} different ones. Number them: text is numbers.\n")
-    ids = v1.encode("The baker bakes better bread.")
-    print(f"  V1  The baker bakes better bread.  ->  {ids}  ->  {v1.decode(ids)}")
+    """A sentence as words, then as tokens of byte pairs, which are learned before your eyes."""
+    story = ("The baker bakes brown bread before the break of day. The brown bread is better than "
+             "the bread of the other bakers. 'Do bakers bake better bread by day?' the other "
+             "bakers ask. 'The better baker bakes by the break of day,' the baker says.")
+    sentence = "The baker bakes better pancakes."
 
-    print("\n  But a word list never holds every word:\n")
-    try:
-        v1.encode(SENTENCE)
-    except KeyError as e:
-        print(f"  V1  {SENTENCE}  ->  KeyError: {e}")
-    ids = v2.encode(SENTENCE)
-    print(f"  V2  {SENTENCE}  ->  {ids}  ->  {v2.decode(ids)}")
+    print("1. Words. Number the words and marks of a story, and a text becomes numbers.\n")
+    say("story", story)
+    words = SimpleTokenizerV2(build_vocab(story))
+    for text in ("The baker bakes better bread.", sentence):
+        ids = words.encode(text)
+        print(f"\ntext     {text}\nIDs      {ids}\ndecoded  {words.decode(ids)}")
 
-    print("\n2. Byte pairs. Start with the 256 bytes, which spell everything, and join the most")
-    print("   frequent pair of neighbours into a new token, again and again:\n")
-    counts = Counter()
-    count_chunks(STORY, counts)
-    merges = learn_merges({chunk.encode("utf-8"): n for chunk, n in counts.items()})
-    for i, (left, right, count) in enumerate(islice(merges, 12), 256):
-        print(f"  {i}  {str(left)[1:]:>8s} + {str(right)[1:]:6s} seen {count} times")
+    print("\n2. Byte pairs. No word list holds every word, but 256 bytes spell everything.\n"
+          "   Join the most frequent pair of neighbours into a new token, and repeat:\n")
+    for i, (left, right, count) in zip(range(256, 268), learn_merges(count_chunks(story))):
+        print(f"   {i}  {str(left)[1:]:>8s} + {str(right)[1:]:6s} seen {count} times")
 
-    print("\n   A space belongs to the word after it. The sentence, as the vocabulary grows:\n")
+    print("\n3. No word is unknown now, and a larger vocabulary needs fewer tokens for it:\n\n"
+          " known  used  the sentence")
     tokenizer = BPETokenizer()
     for size in (257, 269, 289, 309):
-        tokenizer.train(STORY, size)
-        ids = tokenizer.encode(SENTENCE)
-        print(f"  {size:6,}  {len(ids):3d} tokens  {show(tokenizer, ids)}")
-    same = tokenizer.decode(ids) == SENTENCE
-    print(f"\n   No word is unknown, and decoding gives back every byte: {same}")
+        tokenizer.train(story, size)
+        ids = tokenizer.encode(sentence)
+        print(f"{size:6,}  {len(ids):4d}  {show(tokenizer, ids)}")
 
-    print("\n3. GPT-2 learned 50,000 merges from 40 GB of web pages, in just this way.\n")
-    if VOCAB_BPE.exists():
-        gpt2 = BPETokenizer.from_gpt2()
-        ids = gpt2.encode(SENTENCE)
-        print(f"  {gpt2.n_vocab:,}  {len(ids):3d} tokens  {show(gpt2, ids)}\n  {ids}")
-    else:
-        print(f'  To see it: python tokenizer.py encode "{SENTENCE}"')
-    print("\nNext: python tokenizer.py train YOUR-TEXT.txt learns a vocabulary of your own.")
+    print("\nGPT-2 learned 50,257 tokens from 40 GB of web pages, in just this way.\n\nNext:\n"
+          f'  python tokenizer.py encode "{sentence}"\n  python tokenizer.py train --stories')
 
 
-def train(files, vocab_size, out):
-    """Train on the first nine tenths of the files, save, and measure on the last tenth."""
+def train(args):
+    """Learn from nine tenths of the text, save, and measure on the rest -> the tokenizer."""
+    files = [find_stories()] if args.stories else find_files(args.files)
+    out = args.out or Path("checkpoints", "stories.tiktoken" if args.stories else "my.tiktoken")
     if out.exists():
         read_rank_file(out)  # a file that is something else is not overwritten
-    total = sum(path.stat().st_size for path in files)
-    size = max(256, min(total // 100, 1 << 22))
-    pieces = chain.from_iterable(read_text_pieces(path, size) for path in files)
 
-    def first_part():
-        done, progress = 0, Progress(total / 1e6, "MB")
-        for piece in pieces:
-            done += len(piece.encode("utf-8"))
-            progress.update(done / 1e6, "reading")
-            yield piece
-            if done >= 0.9 * total:
-                break
-        progress.close()
+    # The last tenth is held out, to measure on text that the training has not seen.
+    total = sum(file.stat().st_size for file in files)
+    size = max(256, min(total // 100, 1 << 18))
+    learned, held_out, done = Counter(), Counter(), 0
+    for piece in chain.from_iterable(read_pieces(file, size) for file in files):
+        counts = learned if done < 0.9 * total else held_out
+        counts.update(count_chunks(piece))
+        done += len(piece.encode("utf-8"))
+        progress(f"counting, {len(learned):,} different chunks so far")
 
-    start, tokenizer = time.perf_counter(), BPETokenizer()
-    tokenizer.train(first_part(), vocab_size)
+    tokenizer = BPETokenizer()
+    tokenizer.train(learned, args.vocab_size)
     tokenizer.save(out)
-    say(f"trained  {tokenizer.n_vocab:,} tokens in {time.perf_counter() - start:.1f} s -> {out}")
-    words = [i for i in range(tokenizer.eot_token) if tokenizer.decode([i]).strip().isalpha()]
-    longest = sorted(words, key=lambda i: -len(tokenizer.decode([i])))[:6]
-    print(f"longest  {show(tokenizer, longest)}")
+    say("trained", f"{tokenizer.n_vocab:,} tokens -> {out}")
 
-    # Measure on text that the training has not seen.
-    num_bytes = num_tokens = 0
-    for piece in pieces:
-        num_bytes += len(piece.encode("utf-8"))
-        num_tokens += len(tokenizer.encode(piece, allowed_special="all"))
+    num_bytes = sum(n * len(chunk) for chunk, n in held_out.items())
+    num_tokens = sum(n * len(tokenizer.encode(chunk.decode())) for chunk, n in held_out.items())
     if num_tokens:
-        say(f"held out {num_bytes:,} bytes, the last tenth: {num_tokens:,} tokens, "
-            f"{num_bytes / num_tokens:.2f} bytes per token (more is better; 1 without merges)")
+        say("held out", f"{num_bytes / num_tokens:.2f} bytes per token (1 without merges)")
+
+    words = ["--data", *args.files, "--tokenizer", out]
+    if args.stories:
+        words = ["--preset", "stories"] + (["--tokenizer", out] if args.out else [])
+    print(f"\nNext:\n  python pretrain.py {shlex.join(map(str, words))}")
+    return tokenizer
 
 
 def main(argv=None):
-    """The walk without a command, else train or encode."""
+    """The walk without a command, else train (returns the tokenizer) or encode (the IDs)."""
     parser = ArgumentParser(description="Text to token IDs. Without a command: a walk.")
     commands = parser.add_subparsers(dest="command", metavar="train | encode")
-    arg = commands.add_parser("train", help="learn a vocabulary from text files").add_argument
-    arg("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text")
-    arg("--vocab-size", type=positive_int, default=4096, help="tokens, the 256 bytes included")
-    arg("--out", type=Path, default=Path("checkpoints/my.tiktoken"), help="rank file to write")
+
+    arg = commands.add_parser("train", help="learn a vocabulary from texts").add_argument
+    size = argument(int, "a whole number of 257 or more", lambda n: n >= 257)
+    arg("files", nargs="*", type=path, metavar="FILE", help="UTF-8 text, or a folder of texts")
+    arg("--stories", action="store_true", help="learn from TinyStories, which is fetched once")
+    arg("--vocab-size", type=size, default=4096, help="tokens to have, the 256 bytes included")
+    arg("--out", type=path, help="rank file; else checkpoints/my.tiktoken or stories.tiktoken")
+
     arg = commands.add_parser("encode", help="show a text as tokens").add_argument
     arg("text", help="what to encode")
-    arg("--allow-special", action="store_true", help="<|endoftext|> in it is the special token")
-    arg("--tokenizer", default="gpt2", help="gpt2, bytes, or a rank file that train has written")
+    arg("--tokenizer", type=name, default="gpt2", help="gpt2, bytes, or a rank file of train")
 
     args = parser.parse_args(argv)
+    if args.command is None:
+        return walk()
     if args.command == "train":
-        train(args.files, args.vocab_size, args.out)
-    elif args.command == "encode":
-        tokenizer = BPETokenizer(load_tokenizer(args.tokenizer)._mergeable_ranks)
-        text = args.text.encode("utf-8", "replace").decode("utf-8")  # what is not UTF-8 becomes ?
-        ids = tokenizer.encode(text, "all" if args.allow_special else frozenset())
-        print(*ids)
-        print(show(tokenizer, ids))
-    else:
-        walk()
+        if args.stories == bool(args.files):
+            parser.error("train needs either FILE, the text to learn from, or --stories")
+        return train(args)
+
+    tokenizer = BPETokenizer(load_tokenizer(args.tokenizer)._mergeable_ranks)
+    text = args.text.encode("utf-8", "replace").decode("utf-8")  # what is not UTF-8 becomes ?
+    ids = tokenizer.encode(text)
+    print(*ids)
+    print(show(tokenizer, ids))
+    return ids
 
 
 if __name__ == "__main__":
