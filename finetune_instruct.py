@@ -23,8 +23,8 @@ import textwrap
 from pathlib import Path
 
 from gpt import (  # before torch, which reads a setting of gpt.py when it starts
-    ArgumentParser, Run, UserError, add_training_arguments, autocast, beside, check_output,
-    download, find_start, fingerprint, generate, generate_stream, keep_freed_memory,
+    END_OF_TEXT, ArgumentParser, Run, UserError, add_training_arguments, autocast, beside,
+    check_output, download, find_start, fingerprint, generate, generate_stream, keep_freed_memory,
     load_checkpoint, name, non_negative_float, path, pick_device, pick_dtype, positive_float,
     positive_int, print_stream, progress, read_text, replace_linear_with_lora, run_main, say,
     scale_lr, text_to_token_ids, token_ids_to_text, write_atomically)
@@ -246,7 +246,7 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
             val_loss = calc_loss_loader(val_loader, model, device, eval_iter, dtype)
             idx = text_to_token_ids(start_context, tokenizer)
             out = generate(model, idx, max_new_tokens=50, eos_id=tokenizer.eot_token)
-            answer = token_ids_to_text(out[:, idx.shape[1]:], tokenizer)
+            answer = token_ids_to_text(out[:, idx.shape[1]:], tokenizer).removesuffix(END_OF_TEXT)
             run.report(epoch=run.step / steps_per_epoch, val_loss=val_loss, sample=answer)
             tokens_seen.append(run.tokens)
         if run.step >= run.total_steps:

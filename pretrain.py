@@ -681,8 +681,9 @@ def main(argv=None):
     run = Run(total_steps, args, model, optimizers, tokenizer, settings, constant)
     train_model(run, train_rows, val_rows, device, dtype)
     run.finish()
-    words = [] if args.out == Path("checkpoints", "pretrained.pt") else ["--checkpoint", args.out]
-    words = shlex.join(map(str, [*words, f"--prompt={args.prompt}"]))
+    words = "--prompt=" + shlex.quote(args.prompt)
+    if args.out != Path("checkpoints", "pretrained.pt"):
+        words = f"--checkpoint {shlex.quote(str(args.out))} {words}"
     print(printable(f"\nNext:\n  python gpt.py {words}"))
     return model, tokenizer
 

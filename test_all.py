@@ -35,6 +35,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent
 os.environ["TIKTOKEN_CACHE_DIR"] = str(ROOT / "data" / "tiktoken")
 os.environ["NO_PROXY"] = "127.0.0.1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers compared with are those of a CPU
 
 import finetune_classifier as clf
 import finetune_instruct as instruct
@@ -1183,7 +1184,7 @@ class TestPretraining(InFolder):
     def test_the_quick_run_needs_no_network_and_the_next_command_runs_as_printed(self):
         small = " --max-steps 1 --eval-batches 1 --n-layers 1 --emb-dim 12"
         for run, following in [
-                ("pretrain.py", "gpt.py '--prompt=The import statement'"),
+                ("pretrain.py", "gpt.py --prompt='The import statement'"),
                 (PRETRAIN + "--prompt Hi", "gpt.py --checkpoint run.pt --prompt=Hi")]:
             with mock.patch("requests.get", side_effect=AssertionError("network used")):
                 out = self.ok(run + small)
