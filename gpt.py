@@ -666,7 +666,6 @@ import csv
 import ctypes
 import glob
 import hashlib
-import itertools
 import json
 import re
 import sys
@@ -734,7 +733,7 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError):
+    except Exception:  # whatever torch makes of a name
         raise UserError(f"the device {name!r} is not available here; use --device auto") from None
     return torch.device(name)
 
@@ -1132,7 +1131,7 @@ def read_pieces(path, size=1 << 18):
         # any, all is given but what may be the beginning of a mark.
         found = re.match(r".*\S(?=\s)", rest, re.DOTALL)
         mark = rest.rfind("<", -len(END_OF_TEXT))
-        cut = found.end() if found else len(rest[:mark].rstrip())
+        cut = found.end() if found else len(rest[:mark if mark >= 0 else None].rstrip())
         yield rest[:cut]
         rest = rest[cut:]
     yield rest
@@ -1203,7 +1202,7 @@ def argument(kind, what, fits):
 positive_int = argument(int, "a whole number above 0", lambda n: 0 < n < 10**12)
 positive_float = argument(float, "a number above 0", lambda x: 0 < x < math.inf)
 non_negative_float = argument(float, "a number of 0 or more", lambda x: 0 <= x < math.inf)
-probability = argument(float, "between 0 and 1", lambda x: 0 < x <= 1)
+probability = argument(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 seed_number = argument(int, "a whole number of at most 9 digits", lambda n: 0 <= n < 10**9)
 name = argument(str, "a name", lambda text: True)
 path = argument(Path, "the name of a file or folder", lambda path: True)
@@ -1254,7 +1253,7 @@ def run_main(main):
     except (UserError, OSError) as e:
         message = str(e)
     except (RuntimeError, MemoryError) as e:  # the user can only mend a lack of memory
-        if not re.search("OutOfMemory|MemoryError|allocate memory", repr(e)):
+        if not re.search("out ?of ?memory|MemoryError|(allocate|enough) memory", repr(e), re.I):
             raise
         message = "out of memory; choose a smaller model or a smaller batch"
 
@@ -1355,7 +1354,7 @@ def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
             elif path != state and path.exists():  # was written after the metrics, which begin so:
                 metrics.read_bytes().index(b"step,epoch,train_loss", 0, 21)
         except Exception:  # whatever a foreign file causes
-            raise UserError(f"{path} is not of this project and would be overwritten; choose "
+            raise UserError(f"{path} is not of this project, or its {metrics.name} is gone; choose "
                             "another --out, or move it away") from None
     if args.resume and out.exists() and not state.exists():
         say("done", f"{out} is complete. To train it further, start a new run from it: "
@@ -1445,7 +1444,7 @@ class Run:
             cell = "-" if value is None else f"{value:,.{digits}f}"
             header += f"{name.replace('_', ' '):>{width}}"
             line += f"{cell:>{width}}"
-        print(line if self.header_shown else f"{header}\n{line}")
+        print(line if self.header_shown else f"{header}\n{line}", flush=True)
         self.header_shown = True
         if sample:
             say("", "\n".join(textwrap.wrap(" ".join(sample.split())[:140], 70)))
@@ -1571,7 +1570,8 @@ def explain(model, tokenizer, idx, layer, head, top_k, top_p):
 
     tokens = idx[0].tolist()
     print(f"{len(tokens)} tokens, each with its ID")
-    print(wrap("   ".join(f"{show(token)} {token}" for token in tokens), "  ", "  "))
+    items = [f"{show(token)} {token}".replace(" ", "\u00a0") for token in tokens]  # kept whole
+    print(wrap("   ".join(items), "  ", "  ").replace("\u00a0", " "))
 
     # The same scores at three temperatures, and which tokens the other two choices would keep.
     with torch.no_grad():
@@ -1588,36 +1588,33 @@ def explain(model, tokenizer, idx, layer, head, top_k, top_p):
         print(f"  {show(token):14.14s}{columns}{marks}".rstrip())
 
     # A row per token, its weights as shades: the fullest is the row's largest.
-    weights, which = attention_weights(model, idx, layer).mean(dim=0), "all heads"
-    if head is not None:
-        weights, which = attention_weights(model, idx, layer)[head], f"head {head}"
+    weights = attention_weights(model, idx, layer)
+    weights = weights.mean(dim=0) if head is None else weights[head]
+    which = "all heads" if head is None else f"head {head}"
     first = max(0, len(tokens) - 30)
     print(f"\nWho looks at whom: layer {layer}, {which}. A row shows what its token looks at")
     print(" " * 18 + "".join(f"{i % 100:2d}" for i in range(first, len(tokens))))
     for i in range(first, len(tokens)):
-        row = weights[i, first:i + 1]
-        shaded = "".join(2 * " ░▒▓█"[round(4 * share)] for share in (row / row.max()).tolist())
+        row = weights[i, first:i + 1] / weights[i].max()
+        shaded = "".join(2 * " ░▒▓█"[round(4 * share)] for share in row.tolist())
         print(f"  {i:3d} {show(tokens[i]):12.12s}{shaded}")
 
 
-def decode_stream(tokens, tokenizer):
-    """Token IDs one by one -> pieces of text; a character of several tokens comes out whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        if token < tokenizer.n_vocab:
-            yield decoder.decode(tokenizer.decode_bytes([int(token)]))
-    yield decoder.decode(b"", final=True)
-
-
 def print_stream(stream, tokenizer):
-    """Print `generate_stream`'s tokens as text, up to the end of text -> the list of tokens."""
-    tokens = itertools.takewhile(lambda token: token != tokenizer.eot_token,
-                                 (int(row[0]) for row in stream))
-    shown, returned = itertools.tee(tokens)
-    for piece in decode_stream(shown, tokenizer):
-        print(printable(piece), end="", flush=True)
-    print()
-    return list(returned)
+    """Print the tokens of `generate_stream` as text while they come, up to the end of text.
+
+    A character of several tokens comes out whole. Returns the list of tokens.
+    """
+    decoder, tokens = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
+    for row in stream:
+        token = int(row[0])
+        if token == tokenizer.eot_token:
+            break
+        tokens.append(token)
+        piece = tokenizer.decode_bytes([token]) if token < tokenizer.n_vocab else b""
+        print(printable(decoder.decode(piece)), end="", flush=True)
+    print(printable(decoder.decode(b"", final=True)))
+    return tokens
 
 
 def main(argv=None):

@@ -492,6 +492,12 @@ class TestTerminal(InFolder):
         return subprocess.run([sys.executable, *argv], timeout=60, capture_output=True, text=True,
                               **options)
 
+    def test_a_character_of_several_tokens_comes_out_whole(self):
+        stream = [torch.tensor([i]) for i in [*"é漢".encode(), 256, *b"no more"]]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(gpt.print_stream(stream, BYTES), [*"é漢".encode()])
+        self.assertEqual(out.getvalue(), "é漢\n")
+
     def test_what_is_said_fits_80_columns_and_loses_no_word(self):
         r = random.Random(1)
         for _ in range(200):
@@ -955,7 +961,6 @@ class TestTokenizer(InFolder):
             ids = ours.encode(text, allowed_special="all")
             self.assertEqual(ids, theirs.encode(text, allowed_special="all"))
             self.assertEqual(ours.decode(ids), text)
-            self.assertEqual("".join(gpt.decode_stream(ids, theirs)), text)
 
     def test_the_mark_divides_documents_and_a_short_text_has_few_tokens(self):
         text = f"ab ab<|endoftext|>ab é {'x' * 10**6}"
@@ -1907,6 +1912,30 @@ ANN = {"history": [["I am Ann.", "Hello!"]], "instruction": "Who am I?", "output
 ANN_ROW = [*b"<|user|>\nI am Ann.\n<|assistant|>\nHello!", 256,
            *b"<|user|>\nWho am I?\n<|assistant|>\nAnn."]     # the agreed form, byte by byte
 LAST_TURN = ANN_ROW[ANN_ROW.index(256) + 1:]
+
+
+FACTS = {  # what can be told, how, the answer to it; what is asked later, and its answer
+    "name": ("Tim Lily Tom Mia Ben Sue Max Anna Sam Lucy Jack Ella Leo Zoe Bob Amy Jim Kate",
+             "My name is {}.", "Hello, {}!", "What is my name?", "Your name is {}."),
+    "color": ("red blue green yellow pink black white brown purple gold gray orange",
+              "My ball is {}.", "I like {} balls.", "What color is my ball?", "Your ball is {}."),
+    "number": ("2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25",
+               "I ate {} apples.", "{} apples are a lot.", "How many apples?", "You ate {} apples."),
+    "animal": ("dog cat bird fish frog bear duck pig cow horse sheep mouse lion rabbit",
+               "My pet is a {}.", "A {} is a good friend.", "What is my pet?", "It is a {}.")}
+
+
+def write_conversations(path, number=4000, seed=0):
+    """Conversations in which one to three things are told, then one of them is asked."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(number):
+            told = [(FACTS[kind], rng.choice(FACTS[kind][0].split()))
+                    for kind in rng.sample(list(FACTS), rng.choice([1, 2, 3]))]
+            fact, thing = rng.choice(told)
+            history = [[f[1].format(t), f[2].format(t)] for f, t in told]
+            file.write(json.dumps({"history": history, "instruction": fact[3],
+                                   "output": fact[4].format(thing)}) + "\n")
 
 
 def set_of(*records, **options):
