@@ -157,7 +157,7 @@ def freeze(model, train="last-block", rank=16, alpha=16):
 
 def classify_batch(model, inputs, lengths):
     """Token IDs (B, T) and lengths (B,) -> logits, a score per class, (B, classes)."""
-    if inputs.is_floating_point():  # what frozen blocks made of the IDs: skip it at first
+    if inputs.is_floating_point():  # a shortcut for frozen blocks; skip it at first
         return classify_kept(model, inputs, lengths)
 
     # subtle: a token sees only itself and the tokens before it. So the last real token has read the
@@ -216,7 +216,7 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
     """
     steps_per_epoch = math.ceil(len(train_loader) / accum)
     run = run or Run(num_epochs * steps_per_epoch)
-    examples_seen = 0
+    examples_seen, batches = 0, None
 
     while True:
         # Measure when it is due. The seed decides which training texts are measured.
@@ -232,7 +232,7 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
 
         # The loader shuffles anew in each epoch. A resumed run skips the steps that are done.
         epoch, k = divmod(run.step, steps_per_epoch)
-        if k == 0 or examples_seen == 0:
+        if batches is None or k == 0:
             torch.manual_seed(hash((seed, epoch)))
             batches = itertools.islice(train_loader, k * accum, None)
 
@@ -256,7 +256,7 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
         optimizer.zero_grad()
         run.done(step_loss, sum(int(lengths.sum()) for _, lengths, _ in step_batches))
 
-    # The first row was measured before any training.
+    # Without the first row: it was measured before any training, and has no training loss.
     names = "train_loss", "val_loss", "train_accuracy", "val_accuracy"
     return *([row[name] for row in run.rows[1:]] for name in names), examples_seen
 
@@ -290,8 +290,8 @@ def report(class_names, labels, predicted, commonest):
     table = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
     accuracy = table.trace().item() / total
 
-    # Few test texts make the accuracy uncertain. Computed anew for many sets of test texts, 95 of
-    # 100 such intervals (Wilson 1927) would contain the true one.
+    # With few test texts the accuracy is uncertain. If we repeated the test with many new sets of
+    # texts, 95 of 100 such intervals (Wilson 1927) would contain the true accuracy.
     square = 1.96 ** 2 / total
     centre = (accuracy + square / 2) / (1 + square)
     half = math.sqrt(square * (accuracy * (1 - accuracy) + square / 4)) / (1 + square)

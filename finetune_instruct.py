@@ -63,7 +63,7 @@ def format_input(entry, style="alpaca"):
 
 
 # ---------------------------------------------------------------------------------------------
-# Conversations. "What is my name?" can only be answered by who has heard the name. So a record may
+# Conversations. "What is my name?" can only be answered by someone who heard it. So a record may
 # have a history: the earlier questions, each with its answer, the oldest first.
 #
 #     {"history": [["I am Ann.", "Hello!"]], "instruction": "What is my name?", "output": "Ann."}
@@ -85,7 +85,7 @@ def format_input(entry, style="alpaca"):
 # at a place. -100 stands where there is none: it is the number that torch's cross_entropy skips.
 
 def encode(text, tokenizer):
-    """Text -> list of token IDs. Raises UserError for what cannot be, as a million spaces."""
+    """Text -> list of token IDs. Raises UserError for a text that the tokenizer cannot read."""
     try:
         return tokenizer.encode(text, disallowed_special=())
     except ValueError as e:
@@ -103,8 +103,9 @@ def encode_entry(entry, tokenizer, style="alpaca", room=math.inf):
 
     # The newest turn first, until the room is full.
     for turn in reversed([*turns, entry]):
-        # Encoded one by one: together, the tokenizer could merge letters across the border, and the
-        # prompt would become other tokens than when it is asked.
+        # Prompt and answer are encoded separately. In one string, the tokenizer might merge the end
+        # of one with the start of the other, and the prompt's tokens would differ from those of a
+        # question in the chat.
         prompt = encode(format_input(turn, style) + PROMPT_STYLES[style]["output"], tokenizer)
         answer = encode(turn["output"], tokenizer) + [tokenizer.eot_token]
         if ids and len(prompt + answer + ids) > room:
@@ -126,7 +127,7 @@ def encode_prompt(entry, tokenizer, style, context_length):
 
 # ---------------------------------------------------------------------------------------------
 # The data set. As in pretraining, the targets are the inputs moved on by one token. Here is the
-# conversation above, with a word for a token. Q stands for the last token of a prompt:
+# conversation above, shortened, with a word for a token. Q stands for the last token of a prompt:
 #
 #     inputs     I    am   Ann  Q      Hello  <END>  my    name  Q    Ann
 #     targets   -100 -100 -100  Hello  <END>  -100  -100  -100   Ann  <END>
@@ -145,14 +146,14 @@ class InstructionDataset(Dataset):
         for entry in data:
             ids, learned = encode_entry(entry, tokenizer, style, max_length + 1)
             if set(learned[:max_length]) == {-100}:
-                continue
+                continue  # the question alone fills the row
 
             # A place's target is the next token: `max_length` places need one token more.
             targets = learned if mask_prompt else ids
             self.data.append(entry)
             self.items.append((ids[:-1][:max_length], targets[1:max_length + 1]))
 
-            # A turn has one end of text, so this counts the records that are cut.
+            # A whole record has len(history) + 1 turns, each with one end of text.
             lost_turns = ids.count(tokenizer.eot_token) <= len(entry.get("history", []))
             self.num_cut += lost_turns or len(ids) > max_length + 1
 
@@ -182,8 +183,8 @@ def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_
              for item in batch]
     T = min(max(len(ids) for ids, _ in pairs), allowed_max_length or 10**9)
 
-    # subtle: padding and the end of text are the same token. Which one it is follows from the
-    # lengths, so the end of text inside a row is learned.
+    # subtle: padding is the end-of-text token, too. Only the places after a row's own end get the
+    # target -100, so a real end of text is still learned.
     inputs = [(ids + [pad_token_id] * T)[:T] for ids, _ in pairs]
     targets = [(goals + [ignore_index] * T)[:T] for _, goals in pairs]
     return torch.tensor(inputs, device=device), torch.tensor(targets, device=device)
@@ -302,8 +303,9 @@ def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens
         padding = [longest - len(prompt) for prompt in prompts]
         idx = [[end] * n + prompt for n, prompt in zip(padding, prompts)]    # (B, T)
 
-        # As many new tokens as the shortest prompt has room for. A longer prompt gets past the
-        # context with them: what it writes there is cut off.
+        # The shortest prompt has room for the most new tokens, so generate that many for all rows.
+        # A row with a longer prompt then runs past the context: only what fits is kept, up to the
+        # end of text. The `end` added here makes sure that there is one.
         room = context - len(prompts[0])
         out = generate(model, idx, min(max_new_tokens, room), eos_id=end, padding=padding)
         for entry, prompt, row in zip(batch, prompts, out.tolist()):
@@ -375,12 +377,13 @@ def query_model(prompt, model="llama3", url=OLLAMA, timeout=300):
 def generate_model_scores(json_data, json_key, model="llama3", url=OLLAMA, save=lambda: None):
     """Let `model` score each entry's `json_key` from 0 to 100 -> list of scores. Section 7.8.
 
-    A score is the first such number in the reply; a reply without one does not count. Both go into
-    entry["judge"], and `save()` is called: after a failure (UserError) only the rest is asked.
+    The score is the first whole number from 0 to 100 in a reply; a reply without one does not
+    count. Score and reply go into entry["judge"], then `save()` is called. After a failure
+    (UserError) a new call asks only about the entries that have no score.
     """
     for i, entry in enumerate(json_data, 1):
         if entry.get("judge", {}).get("model") != model:
-            # The book's words, so that scores can be compared with its own, after earlier turns.
+            # Earlier turns first, then the book's own prompt: its scores can be compared.
             before = "".join(f"{q}\n{a}\n\n" for q, a in entry.get("history", []))
             prompt = (f"Given the input `{before}{format_input(entry)}` and correct output "
                       f"`{entry['output']}`, score the model response `{entry[json_key]}` on a "

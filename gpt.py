@@ -66,9 +66,9 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 #              [0.4, 0.7]]                                    [0.4, 0.7]]
 #
 # The numbers begin at random and are learned like all others; tokens that are used alike end up
-# with similar rows. A second table has a row per position, which is added to the token's: without
-# it attention, as it stands below, could not tell "dog bites man" from "man bites dog". Book
-# sections 2.7 and 2.8.
+# with similar rows. A second table has a row per position, which is added to the token's. Without
+# it, attention as in the first classes below could not tell "dog bites man" from "man bites dog".
+# Book sections 2.7 and 2.8.
 
 # ---------------------------------------------------------------------------------------------
 # Softmax turns any numbers, here called scores, into shares: positive, with the sum 1. It takes the
@@ -82,12 +82,14 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 def attention_without_weights(x):
     """The idea: each token becomes a mean of all, the similar ones weighing most. (T, C) -> (T, C).
 
-    Nothing is learned yet, so a token always attends to what resembles it. A verb could not look
-    for its subject. Book section 3.3.
+    The score of two tokens is their dot product, which is large when they point the same way:
+    [1, 0] . [1, 1] = 1 * 1 + 0 * 1 = 1. Nothing is learned yet, so a token always attends to what
+    resembles it. A verb could not look for its subject. Book section 3.3.
 
     Example:
         attention_without_weights(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))[0]
-        # scores 1, 0, 1 -> weights 0.42, 0.16, 0.42 -> [0.42 + 0.42, 0.16 + 0.42] = [0.84, 0.58]
+        # scores 1, 0, 1 -> weights 0.42, 0.16, 0.42
+        # 0.42 * [1, 0] + 0.16 * [0, 1] + 0.42 * [1, 1] = [0.84, 0.58]
     """
     attn_scores = x @ x.T                                        # (T, T): how alike two tokens are
     attn_weights = torch.softmax(attn_scores, dim=-1)            # positive, each row sums to 1
@@ -184,10 +186,10 @@ class MultiHeadAttention(nn.Module):
     The heads' matrices stand side by side in one wide matrix. One product computes them all, and
     `split_heads` cuts the result into H pieces. `d_out` is now the width of all heads together.
 
-    `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention`. It never stores the
-    (T, T) weights (Dao et al. 2022, FlashAttention), and needs no mask, so `context_length` is not
-    used. It is there for the book's calls. Raises ValueError when d_out cannot be shared out evenly
-    among the heads.
+    `F.scaled_dot_product_attention` is the arithmetic of `CausalAttention`, without storing the
+    (T, T) weights (Dao et al. 2022, FlashAttention). `is_causal=True` replaces the stored mask, so
+    `context_length` is not used; it stays so that code from the book runs. Raises ValueError when
+    d_out cannot be shared out evenly among the heads.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -335,6 +337,9 @@ class GPTModel(nn.Module):
         total = T + (cache.length if cache else 0)
         if total > context:
             raise ValueError(f"{total} tokens do not fit the model's context of {context}")
+
+        # Only in generation there is a cache. Each block then gets a function, the `remember` of
+        # its attention, that keeps its keys and values.
         positions = cache.begin(T) if cache else torch.arange(T, device=in_idx.device)
 
         # What the token is, plus where it stands.
@@ -482,9 +487,9 @@ class KVCache:
         query_pos = positions[:, None, self.first:, None]         # (B, 1, T, 1)
         key_pos = positions[:, None, None, :]                     # (B, 1, 1, length)
 
-        # subtle: a query sees the keys at its own position and before. `is_causal` cannot say so:
-        # it takes the first query for token 0, which sees one key. Padding sees padding alone, as
-        # a query that sees no key would give NaN.
+        # subtle: a new query at position 7 must see the keys 0 to 7. `is_causal` would treat it as
+        # position 0 and show it one key. Text does not see padding. Padding sees padding, because
+        # the softmax of a query that sees no key is NaN.
         self.mask = (key_pos <= query_pos) & ((key_pos < 0) == (query_pos < 0))
         return positions[:, self.first:].clamp(min=0)  # the table has no negative rows
 
@@ -572,9 +577,10 @@ def attention_weights(model, idx, layer):
 
 
 # ---------------------------------------------------------------------------------------------
-# LoRA: leave a trained matrix as it is and learn a small correction. Hu et al. 2021; appendix E.
-# A matrix of 768 x 768 has 589,824 numbers; a correction of rank 16, a product of 768 x 16 and
-# 16 x 768, has 24,576. Gradients and the optimizer's averages are kept for these alone.
+# LoRA (low-rank adaptation): leave a trained matrix as it is and learn a small correction. Hu et
+# al. 2021; appendix E. A matrix of 768 x 768 has 589,824 numbers. A correction of rank 16, a product
+# of 768 x 16 and 16 x 768, has 24,576. Gradients and the optimizer's averages are kept for these
+# alone.
 
 class LoRALayer(nn.Module):
     """x (..., in_dim) -> x A B * alpha / rank (..., out_dim).

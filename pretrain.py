@@ -42,7 +42,8 @@ from torch.utils.data import DataLoader, TensorDataset
 # The data. Predicting the next token needs no labels: the text itself says what comes next. The
 # text is cut into rows of T tokens. A new row begins every `stride` tokens. The target of a row is
 # the row moved on by one token. Here are the two rows of "In the heart of every town lies a park"
-# with T = 4 and stride = 4, as if each word were a token:
+# with T = 4 and stride = 4, as if each word were a token. (With stride = 2 the second row would
+# begin at "heart": rows would overlap.)
 #
 #     input   In   the    heart  of          every  town  lies  a
 #     target  the  heart  of     every       town   lies  a     park
@@ -81,8 +82,8 @@ def create_dataloader_v1(txt, batch_size=4, max_length=256, stride=128, shuffle=
 # model hesitates as if between 2.8 equally likely tokens.
 #
 # Losses per token of two vocabularies cannot be compared, as one's tokens may be longer. Losses per
-# byte can. loss / ln 2 turns nats into bits; divided by the mean number of bytes in a token, it is
-# in bits per byte. A program that compresses text with this model needs so many bits for a byte.
+# byte can. 1.034 nats are 1.034 / ln 2 = 1.49 bits; if a token has 4 bytes on average, that makes
+# 0.37 bits per byte. A program that compresses text with the model would need as many.
 #
 # The training loss is measured on what the model learns from, the validation loss on text that it
 # has never seen. While both fall, the model learns the language. When the validation loss rises and
@@ -178,11 +179,11 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
 class Muon(torch.optim.Optimizer):
     """Steps of equal length in all directions, for the matrices in the blocks. Jordan et al. 2024.
 
-    AdamW looks at each number alone, Muon at a matrix as a whole. A matrix stretches some
-    directions of its input much and others little. The factors are its singular values. In a
-    gradient a few are large and most are tiny. Muon averages gradients over steps (momentum) and
-    then sets all singular values near 1, so what is rare is learned as fast as what is common.
-    torch.optim.Muon does the same, but in bfloat16, which many CPUs only emulate.
+    AdamW looks at each number alone, Muon at a matrix as a whole. [[3, 0], [0, 0.1]] stretches one
+    direction 3 times and the other 0.1 times: these factors are its singular values. In a gradient
+    a few are large, from what occurs often in the text, and most are tiny. Muon averages gradients
+    over steps (momentum) and then sets all singular values near 1, so what is rare is learned as
+    fast as what is common. (torch.optim.Muon works in bfloat16, which many CPUs only emulate.)
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
@@ -201,14 +202,14 @@ class Muon(torch.optim.Optimizer):
                 # The average, with the newest gradient counted once more (Nesterov's momentum).
                 update = self.orthogonal(p.grad.lerp(average, group["momentum"]))
 
-                # Weight decay, then the step. A tall matrix gives more numbers than it takes, so
-                # the same singular values are less in each of them: its step is longer.
+                # Weight decay, then the step. A tall matrix has more outputs than inputs: with the
+                # same singular values each output changes less, so its step is made longer.
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
     def orthogonal(self, update):
         """Move the singular values of a matrix near 1, in five rounds."""
-        X = update.to(self.dtype) / (update.norm() + 1e-7)  # none is above 1
+        X = update.to(self.dtype) / (update.norm() + 1e-7)  # the norm is above each of them
         tall = X.shape[0] > X.shape[1]
         X = X.T if tall else X
         for _ in range(5):
@@ -293,8 +294,10 @@ def train_model(run, train_rows, val_rows, device, dtype):
     weights, sums and the loss stay in float32.
     """
     model, args = run.model, run.args
-    rank, world = process_number()  # this process, and how many train together: 0 and 1, but for
-                                    # torchrun, where each reads its share of every batch
+
+    # The number of this process, and how many there are: 0 and 1 without torchrun. With it, each
+    # reads its share of every batch, and backward() averages the gradients over all.
+    rank, world = process_number()
     fast_model = compile_and_share(model, args.compile)
     rows_per_step = args.batch_size * args.grad_accum
     steps_per_epoch = len(train_rows) // rows_per_step
@@ -416,17 +419,17 @@ PRESETS = {
              "epochs": 1, "max_steps": None, "lr": 6e-4, "warmup_steps": 200,
              "final_lr_share": 0.1, "eval_every": 100}}
 
-# With --init the weights are good already and want few and small steps, always of one size.
+# --init FILE starts from trained weights: few and small steps, with a constant learning rate.
 CONTINUE = {"context_length": None, "optimizer": "adamw", "lr": 1e-4, "warmup_steps": 0,
             "final_lr_share": 1.0, "clip": 1.0, "epochs": 3, "max_steps": 1000}
 
 # To train a small model by hand, in Python: see the docstring of `train_model_simple`.
 #
 # Try it:
-# 1. Which addition helps most? Write "optimizer": "adamw" and "lr": 0.003 in QUICK, run
+# 1. What helps most? Run this, and note the validation loss:
 #        python pretrain.py --max-steps 300 --out checkpoints/try.pt
-#    and compare. Undo it, and try "init_weights": "gpt2".
-# 2. See overfitting, in the two losses that part:
+#    Then once with "optimizer": "adamw" and "lr": 0.003 in QUICK, once with "init_weights": "gpt2".
+# 2. See overfitting: the training loss goes on falling while the validation loss rises.
 #        python pretrain.py --preset verdict --out checkpoints/verdict.pt
 # 3. Train on a text of yours, and compare its bits per byte with those of Python's manual:
 #        python pretrain.py --data YOUR-TEXT.txt --out checkpoints/try.pt

@@ -1920,7 +1920,7 @@ FACTS = {  # what can be told, how, the answer to it; what is asked later, and i
     "color": ("red blue green yellow pink black white brown purple gold gray orange",
               "My ball is {}.", "I like {} balls.", "What color is my ball?", "Your ball is {}."),
     "number": ("2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25",
-               "I ate {} apples.", "{} apples are a lot.", "How many apples?", "You ate {} apples."),
+               "I ate {} apples.", "{} are a lot.", "How many apples?", "You ate {} apples."),
     "animal": ("dog cat bird fish frog bear duck pig cow horse sheep mouse lion rabbit",
                "My pet is a {}.", "A {} is a good friend.", "What is my pet?", "It is a {}.")}
 
