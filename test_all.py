@@ -176,15 +176,6 @@ class InFolder(unittest.TestCase):
 # gpt.py: the model
 
 class TestModel(unittest.TestCase):
-    def test_layer_norm_and_gelu_are_the_arithmetic_beside_them(self):
-        norm, x = gpt.LayerNorm(5), torch.randn(2, 3, 5)
-        norm.scale.data, norm.shift.data = torch.arange(5.0), torch.full((5,), 0.5)
-        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-        expected = (x - mean) / torch.sqrt(var + 1e-5) * torch.arange(5.0) + 0.5
-        torch.testing.assert_close(norm(x), expected)
-        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)
-        torch.testing.assert_close(gpt.GELU()(x), 0.5 * x * (1 + torch.tanh(inner)))
-
     def test_the_ladder_gives_the_numbers_the_book_prints(self):
         x = torch.tensor([[0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64],  # "Your
                           [0.22, 0.58, 0.33], [0.77, 0.25, 0.10], [0.05, 0.80, 0.55]])  # journey
@@ -194,10 +185,9 @@ class TestModel(unittest.TestCase):
                 (123, lambda: gpt.SelfAttention_v1(3, 2)(x), [0.3061, 0.8210]),
                 (789, lambda: gpt.SelfAttention_v2(3, 2)(x), [-0.0748, 0.0703]),
                 (123, lambda: gpt.CausalAttention(3, 2, 6, 0.0)(batch)[1], [-0.5874, 0.0058]),
-                (123, lambda: gpt.MultiHeadAttentionWrapper(3, 2, 6, 0.0, num_heads=2)(batch)[1],
+                (123, lambda: gpt.MultiHeadAttentionWrapper(3, 2, 6, 0.0, 2)(batch)[1],
                  [-0.5874, 0.0058, 0.5891, 0.3257]),
-                (123, lambda: gpt.MultiHeadAttention(3, 2, 6, 0.0, num_heads=2)(batch)[1],
-                 [0.2943, 0.3897])]:
+                (123, lambda: gpt.MultiHeadAttention(3, 2, 6, 0.0, 2)(batch)[1], [0.2943, 0.3897])]:
             torch.manual_seed(seed)
             journey = rung()[1]
             torch.testing.assert_close(journey, torch.tensor(expected), atol=1e-4, rtol=0)
@@ -219,21 +209,6 @@ class TestModel(unittest.TestCase):
                                   "tie_embeddings": True})
             self.assertEqual(sum(p.numel() for p in model.parameters()), count)
 
-    def test_no_position_sees_a_later_token(self):
-        model, idx = tiny_model(), torch.randint(0, 257, (2, 16))
-        changed = idx.clone()
-        changed[:, 10:] = (idx[:, 10:] + 1) % 257
-        logits, after = model(idx), model(changed)
-        self.assertEqual(logits.shape, (2, 16, 257))
-        torch.testing.assert_close(after[:, :10], logits[:, :10])
-        self.assertFalse(torch.allclose(after[:, 10:], logits[:, 10:]))
-
-    def test_weights_of_other_code_for_the_book_load_by_name(self):
-        model, other, idx = tiny_model(), GPTModel(TINY).eval(), torch.arange(5)[None]
-        masks = {f"trf_blocks.{i}.att.mask": torch.ones(64, 64) for i in range(2)}
-        other.load_state_dict(model.state_dict() | masks)
-        torch.testing.assert_close(other(idx), model(idx))
-
     def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(self):
         model, idx = tiny_model(tie_embeddings=True), torch.randint(0, 257, (2, 9))
         before, names = model(idx), model.state_dict().keys()
@@ -244,19 +219,15 @@ class TestModel(unittest.TestCase):
         for name, p in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(p, std=0.1)
+
+        # The scale is alpha / rank, and merging changes no result.
+        query, x = model.trf_blocks[0].att.W_query, torch.randn(3, 16)
+        expected = query.linear(x) + 8 / 4 * (x @ query.lora.A @ query.lora.B)
+        torch.testing.assert_close(query(x), expected)
         adapted = model(idx)
-        self.assertFalse(torch.allclose(adapted, before, atol=1e-3))
         gpt.merge_lora(model)
         torch.testing.assert_close(model(idx), adapted, atol=1e-5, rtol=0)
         self.assertEqual(model.state_dict().keys(), names)
-
-    def test_the_scale_is_alpha_over_rank_in_any_torch_module(self):
-        model, x = torch.nn.Sequential(torch.nn.Linear(3, 5)), torch.randn(4, 3)
-        before = model(x)
-        gpt.replace_linear_with_lora(model, rank=2, alpha=6)
-        lora = model[0].lora
-        torch.nn.init.normal_(lora.B)
-        torch.testing.assert_close(model(x), before + 3.0 * (x @ lora.A @ lora.B))
 
 
 class TestGeneration(unittest.TestCase):
@@ -283,39 +254,30 @@ class TestGeneration(unittest.TestCase):
             self.assertEqual(together, [alone(model, prompt, context) for prompt in prompts])
 
         # A row that has ended is filled; when all have ended, generation stops.
-        model, ends = tiny_model(), []
+        model = tiny_model()
         model.out_head.weight.data[256] *= 4             # so that the end of text is often likely
         together = generate(model, padded, 20, eos_id=256, padding=padding)[:, 9:].tolist()
-        for row, prompt in zip(together, prompts):
-            expected = alone(model, prompt, 64)
-            ends.append([*expected, 256].index(256))
-            self.assertEqual(row, (expected[:ends[-1]] + [256] * 20)[:len(row)])
+        rows = [alone(model, prompt, 64) for prompt in prompts]
+        ends = [[*row, 256].index(256) for row in rows]
+        length = min(20, max(ends) + 1)
+        self.assertEqual(together, [(row[:end] + [256] * 20)[:length]
+                                    for row, end in zip(rows, ends)])
         self.assertGreater(len(set(ends)), 3)
-        self.assertEqual(len(row), min(20, max(ends) + 1))
-
-    def test_a_prompt_may_be_a_list_or_of_any_whole_numbers(self):
-        model, expected = tiny_model(), generate_text_simple(
-            tiny_model(), torch.tensor([[5, 6, 7]]), 4, 64)
-        for prompt in ([5, 6, 7], [[5, 6, 7]], torch.tensor([5, 6, 7]), np.array([5, 6, 7]),
-                       torch.tensor([[5, 6, 7]], dtype=torch.int32)):
-            self.assertTrue(torch.equal(generate(model, prompt, 4), expected))
 
     def test_a_single_row_is_multiplied_as_torch_does(self):
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
-            for outputs, bias in ((77, True), (1, True), (64, False)):
-                plain = torch.nn.Linear(300, outputs, bias=bias).to(dtype)
-                fast = gpt.SingleRowLinear(300, outputs, bias=bias).to(dtype)
-                fast.load_state_dict(plain.state_dict())
-                for shape in ((1, 300), (1, 1, 300), (300,), (4, 300)):
-                    x = torch.randn(shape).to(dtype)
-                    torch.testing.assert_close(fast(x), plain(x), atol=tolerance, rtol=tolerance)
+        for outputs, dtype, tolerance in [(77, torch.float32, 1e-5), (1, torch.float32, 1e-5),
+                                          (64, torch.bfloat16, 0.02)]:
+            plain = torch.nn.Linear(300, outputs).to(dtype)
+            fast = gpt.SingleRowLinear(300, outputs).to(dtype)
+            fast.load_state_dict(plain.state_dict())
+            x = torch.randn(1, 300).to(dtype)
+            torch.testing.assert_close(fast(x), plain(x), atol=tolerance, rtol=tolerance)
 
     def test_sampling_follows_temperature_top_k_and_top_p(self):
         logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
         for options, expected in [
                 ({"temperature": 0.5}, [16 / 22, 4 / 22, 1 / 22, 1 / 22]),   # squares, normalised
                 ({"temperature": 1e-38}, [1, 0, 0, 0]), ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0]),
-                ({"top_k": 99}, [0.5, 0.25, 0.125, 0.125]),
                 ({"top_p": 0.6}, [2 / 3, 1 / 3, 0, 0]), ({"top_p": 0.01}, [1, 0, 0, 0])]:
             probs = gpt.next_token_probs(logits, **options)
             torch.testing.assert_close(probs, torch.tensor([expected]).float(), msg=str(options))
@@ -324,23 +286,14 @@ class TestGeneration(unittest.TestCase):
         torch.testing.assert_close(shares, logits.exp()[0], atol=0.015, rtol=0)
         self.assertEqual(gpt.sample_next(logits, 0.0).tolist(), [0])
 
-    def test_a_seed_makes_sampling_repeatable_and_leaves_torch_s_own_alone(self):
-        model, state = tiny_model(), torch.get_rng_state()
-        first, again, other = (generate(model, [1], 20, temperature=1.0, seed=seed).tolist()
-                               for seed in (4, 4, 5))
-        self.assertEqual(first, again)
-        self.assertNotEqual(first, other)
-        self.assertTrue(torch.equal(torch.get_rng_state(), state))
-
     def test_attention_weights_are_the_model_s_own(self):
         model, idx = tiny_model(spread=0.3), torch.randint(0, 257, (1, 9))
-        att_weights = gpt.attention_weights(model, idx, layer=0)               # (H, T, T)
-        torch.testing.assert_close(att_weights.tril().sum(dim=-1), torch.ones(2, 9))
         block = model.trf_blocks[0]
         x = block.norm1(model.tok_emb(idx) + model.pos_emb(torch.arange(9)))
-        values = block.att.W_value(x)[0].unflatten(-1, (2, 8)).transpose(0, 1)  # (H, T, D)
-        context_vec = (att_weights @ values).transpose(0, 1).flatten(1)
-        torch.testing.assert_close(block.att.out_proj(context_vec), block.att(x)[0])
+        values = block.att.W_value(x)[0].unflatten(-1, (2, 8)).transpose(0, 1)     # (H, T, D)
+        context_vec = gpt.attention_weights(model, idx, layer=0) @ values
+        expected = block.att.out_proj(context_vec.transpose(0, 1).flatten(1))
+        torch.testing.assert_close(expected, block.att(x)[0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -355,29 +308,9 @@ class TestCheckpoint(InFolder):
         self.assertEqual(os.listdir("a"), ["b.pt"])                    # no temporary file stays
         again, tokenizer2, extras = gpt.load_checkpoint("a/b.pt")
         self.assertEqual((extras["names"], extras["config"]), (["x"], model.cfg))
-        self.assertEqual(*(t.encode("the thing<|endoftext|>", allowed_special="all")
-                           for t in (tokenizer, tokenizer2)))
+        self.assertEqual(tokenizer2.encode("the<|endoftext|>", allowed_special="all"), [257, 258])
         self.assertTrue(torch.equal(again(idx), model(idx)))           # without dropout
         self.assertIs(again.out_head.weight, again.tok_emb.weight)
-
-        # Class names may be numbers, as numpy and pandas have them.
-        clf.replace_head(model, 3)
-        gpt.save_checkpoint("c.pt", model, tokenizer, class_names=np.unique([7, 9, 8, 7]))
-        classifier, _, extras = gpt.load_checkpoint("c.pt", kind="classifier")
-        self.assertEqual((classifier(idx).shape, extras["class_names"]), ((1, 9, 3), list("789")))
-
-    def test_what_could_not_be_loaded_is_not_saved(self):
-        infinite, model = tiny_model(), tiny_model()
-        infinite.out_head.weight.data[3, 3] = math.inf
-        for words, unfit, tokenizer, extras in [
-                ("tiktoken", model, object(), {}), ("not finite", infinite, BYTES, {}),
-                ("more tokens", tiny_model(vocab_size=100), BYTES, {}),
-                ("not float32", tiny_model().to(torch.bfloat16), BYTES, {}),
-                ("Unsupported|weights_only", model, BYTES, {"accuracy": np.float64(0.5)}),
-                ("size mismatch", model, BYTES, {"class_names": ["ham", "spam"]})]:
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
-                gpt.save_checkpoint("new.pt", unfit, tokenizer, **extras)
-            self.assertEqual(list(Path().glob("new*")), [])
 
     def test_a_foreign_or_broken_file_is_one_sentence_with_what_makes_a_fit_one(self):
         class Evil:
@@ -385,16 +318,13 @@ class TestCheckpoint(InFolder):
                 return os.mkdir, ("owned",)
 
         good = torch.load("tiny.pt", weights_only=True)
-        broken = {**good["model"], "final_norm.scale": torch.full((16,), math.nan)}
-        ranks = gpt.ranks_to_text({bytes([i]): i for i in range(256)})
-        self.write("cut.pt", Path("tiny.pt").read_bytes()[:5000])
+        not_a_number = {**good["model"], "final_norm.scale": torch.full((16,), math.nan)}
         for number, changes in enumerate([
-                {"kind": Evil()}, {"kind": "classifier"}, {"model": {}}, {"model": broken},
+                {"kind": Evil()}, {"kind": "classifier"}, {"model": {}}, {"model": not_a_number},
                 {"tokenizer": "text.txt"}, {"tokenizer": {"pat_str": ".", "ranks": "AA== 0"}},
-                *({"tokenizer": {"pat_str": pattern, "ranks": ranks}} for pattern in ("a*", "(")),
-                *({"config": {**good["config"], **change}} for change in (
-                    {"n_heads": 0}, {"n_layers": 10**7}, {"emb_dim": 32}, {"vocab_size": 9}))]):
+                {"config": {**good["config"], "n_layers": 10**7}}]):
             torch.save({**good, **changes}, f"{number}.pt")
+        self.write("cut.pt", Path("tiny.pt").read_bytes()[:5000])
         for path in {*Path().iterdir()} - {Path("tiny.pt")} | {Path("none.pt")}:
             with self.subTest(path=path), self.assertRaisesRegex(
                     UserError, r"\A[^\n]{,250}checkpoint[^\n]{,250}python maker.py\Z"):
@@ -422,14 +352,12 @@ class TestTexts(InFolder):
         mark, r = gpt.END_OF_TEXT, random.Random(1)
         words = ["the", "cat", "<b>", "said:", "\n", "x>y", "<|", "12", "naïve", "漢字漢字"]
         documents = [" ".join(r.choices(words, k=30)).strip() for _ in range(60)]
-        for space in ("\n", " \n\n", ""):
-            content = f"{space}{mark}{space}".join(documents)
-            for size in (10, 50, 1000):
-                pieces = self.pieces(content, size)
-                self.assertEqual("".join(pieces), mark.join(documents))
-                self.assertEqual("".join(pieces).count(mark), sum(p.count(mark) for p in pieces))
-                ids = [i for p in pieces for i in BYTES.encode(p, allowed_special="all")]
-                self.assertEqual(ids.count(BYTES.eot_token), 59)
+        for space, size in itertools.product(("\n", " \n\n", ""), (10, 50, 1000)):
+            pieces = self.pieces(f"{space}{mark}{space}".join(documents), size)
+            self.assertEqual("".join(pieces), mark.join(documents))
+            self.assertEqual(sum(piece.count(mark) for piece in pieces), 59)   # none is cut
+        lines = "".join(json.dumps({"id": 1, "text": text}) + "\n\n" for text in documents)
+        self.assertEqual("".join(self.pieces(lines, 10, "t.jsonl")), mark.join(documents) + mark)
 
     def test_pieces_are_the_whole_text_and_cut_where_its_tokens_are(self):
         text = "Some words, \n\n  and more\tof them 12345. " * 40
@@ -439,31 +367,20 @@ class TestTexts(InFolder):
             self.assertEqual([chunk for p in pieces for chunk in tok.regex.findall(pattern, p)],
                              tok.regex.findall(pattern, content))
             self.assertLess(max(map(len, pieces)), 250)
-        for content in ("a" + " " * 10**6 + "b", "a" + " " * 10**6 + gpt.END_OF_TEXT, "x" * 10**6,
-                        "<" * 10**6, ("a " * 10 + "x" * 10**5) * 10):
-            pieces = "".join(self.pieces(content, 1 << 18))             # in less than a second
-            self.assertEqual(pieces.replace(" ", ""), content.replace(" ", ""))
-        texts = ["Ein Satz.\nNoch einer.", "漢字 and more", "the last"]
-        lines = "\n".join(json.dumps({"id": 1, "text": text}) for text in texts)
-        self.assertEqual("".join(self.pieces(lines + "\n\n", 10, "t.jsonl")),
-                         "".join(text + gpt.END_OF_TEXT for text in texts))
+        for content in ("a" + " " * 10**6 + "b", "<" * 10**6, ("a " * 10 + "x" * 10**5) * 10):
+            self.assertEqual("".join(self.pieces(content, 1 << 18)), content)  # in under a second
 
     def test_what_is_no_text_is_one_sentence(self):
         cut = "größer und schöner\n".encode("utf-8") * 2000
-        os.mkfifo("pipe.txt")
         for name, content, words in [
                 ("blank.txt", " \n" * 99, "is empty"), ("zero.txt", b"a\0b", "not a text file"),
                 ("utf16.txt", TEXT.encode("utf-16"), "is UTF-16.*iconv -f utf-16 -t utf-8 utf16"),
                 ("cut.txt", cut[:cut.rindex(b"\xb6")], "cut within its last character"),
                 ("gbk.txt", "你好,世界。".encode("gbk") * 99, "encoding.*-f ENCODING"),
-                ("cp1251.txt", "Широка ".encode("cp1251") * 99, "encoding.*-f ENCODING"),
-                ("pipe.txt", None, "is not a file that can be read twice"),
+                ("/dev/null", "lost", "is not a file that can be read twice"),
                 ("a.json", "[]", "JSON"), ("a.csv", "label,text", "table"),
-                ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', 'line 2: expected {"text": "..."}'),
-                ("b.jsonl", '{"text": 3}', "line 1: expected"),
-                ("c.jsonl", "[" * 200_000, "line 1: expected"), ("d.jsonl", "\n \n", "is empty")]:
-            if content is not None:
-                self.write(name, content)
+                ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', 'line 2: expected {"text": "..."}')]:
+            self.write(name, content)
             with self.subTest(name), self.assertRaisesRegex(
                     UserError, rf"\A{name}[^\n]*{words}[^\n]{{,200}}\Z"):
                 list(gpt.read_pieces(name))
@@ -471,27 +388,19 @@ class TestTexts(InFolder):
     def test_a_folder_gives_each_of_its_files_once(self):
         for name in ("d/b.txt", "d/e/a.txt", "d/.git/x", "d/.hidden", "one.txt", "linked/c.txt"):
             self.write(name, "text")
-        self.write("d/empty.txt", "")
-        Path("nothing").mkdir()
+        self.write("nothing/empty.txt", "")
         os.symlink(Path("d").absolute(), "d/e/again")             # leads back to where it is
-        os.symlink("loop", "d/loop")
         os.symlink("../linked", "d/f")
         self.assertEqual(gpt.find_files(["d", "one.txt"]), [
             Path("d/b.txt"), Path("d/e/a.txt"), Path("d/f/c.txt"), Path("one.txt")])
         with self.assertRaisesRegex(UserError, "the folder nothing has no file with text"):
             gpt.find_files(["d", "nothing"])
-
-        # What cannot be read is an error, never less text.
         denied = mock.patch("os.scandir", side_effect=PermissionError(13, "Permission denied"))
-        with denied, self.assertRaises(PermissionError):
+        with denied, self.assertRaises(PermissionError):          # never less text
             gpt.find_files(["d"])
 
 
 class TestTerminal(InFolder):
-    def run_python(self, *argv, **options):
-        return subprocess.run([sys.executable, *argv], timeout=60, capture_output=True, text=True,
-                              **options)
-
     def test_a_character_of_several_tokens_comes_out_whole(self):
         stream = [torch.tensor([i]) for i in [*"é漢".encode(), 256, *b"no more"]]
         with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -505,20 +414,18 @@ class TestTerminal(InFolder):
             text = "".join(word + r.choice((" ", "\n", "  ", "\t")) for word in words)
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 gpt.say("label", text)
-            lines = out.getvalue().split("\n")
-            self.assertLessEqual(max(map(len, lines)), 79)
+            self.assertLessEqual(max(map(len, out.getvalue().split("\n"))), 79)
             self.assertEqual(out.getvalue().split(), ["label", *words])
-            self.assertEqual({line[:9].strip() for line in lines[1:]}, {""})
 
-    def test_gpt_py_writes_the_same_text_for_the_same_seed(self):
+    def test_gpt_py_writes_what_the_plain_loop_does_and_the_same_for_the_same_seed(self):
         run = "gpt.py --checkpoint tiny.pt --prompt The --max-new-tokens 20 --dtype float32 "
-        first, again, other = (self.ok(run + f"--top-p 0.99 --seed {seed}") for seed in (4, 4, 5))
-        self.assertEqual(first, again)
-        self.assertNotEqual(first, other)
         ids = generate_text_simple(gpt.load_checkpoint("tiny.pt")[0],
                                    gpt.text_to_token_ids("The", BYTES), 20, 64)
         self.assertEqual(self.ok(run + "--temperature 0"),
                          gpt.printable(gpt.token_ids_to_text(ids, BYTES)) + "\n")
+        first, again, other = (self.ok(run + f"--seed {seed}") for seed in (4, 4, 5))
+        self.assertEqual(first, again)
+        self.assertNotEqual(first, other)
 
     def test_the_walk_and_explain_show_what_the_model_does(self):
         walk = self.ok("gpt.py")
@@ -532,27 +439,14 @@ class TestTerminal(InFolder):
         probs = gpt.load_checkpoint("tiny.pt")[0](ids)[0, -1].softmax(dim=-1)
         self.assertIn(f"{probs.max().item():.1%}", out)
 
-    def test_closed_streams_and_a_full_disk_are_no_traceback(self):
-        gpt_py = f"{shlex.quote(sys.executable)} {ROOT}/gpt.py"
-        for command, status, message in [
-                (f"{gpt_py} <&- >&- 2>&-", 0, ""),
-                (f"{gpt_py} > /dev/full", 1, "gpt.py: .*No space left.*\n")]:
-            done = subprocess.run(command, shell=True, timeout=60, capture_output=True, text=True)
-            self.assertEqual((done.returncode, done.stdout), (status, ""))
-            self.assertRegex(done.stderr, rf"(?s)\A{message}\Z")
-
-    def test_the_model_needs_torch_alone_also_in_a_thread_and_a_user_s_setting_wins(self):
-        code = ("import os, sys, threading\n"
-                "sys.modules.update(dict.fromkeys(['requests', 'tiktoken', 'regex', 'numpy']))\n"
-                "def work():\n"
-                "    import gpt\n"
-                "    model = gpt.GPTModel(gpt.GPT_CONFIG_124M | {'n_layers': 1, 'vocab_size': 9})\n"
-                "    print(gpt.generate(model, [8], 2).shape, os.environ['GOMP_SPINCOUNT'])\n"
-                "thread = threading.Thread(target=work)\n"
-                "thread.start(); thread.join()\n")
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "77"}
-        done = self.run_python("-W", "ignore", "-c", code, env=env)
-        self.assertEqual(done.stdout, "torch.Size([1, 3]) 77\n", done.stderr)
+    def test_the_model_needs_torch_alone(self):
+        code = ("import sys; sys.modules.update(numpy=None, regex=None, requests=None)\n"
+                "sys.modules['tiktoken'] = None; import gpt\n"
+                "model = gpt.GPTModel(gpt.GPT_CONFIG_124M | {'n_layers': 1})\n"
+                "print(gpt.generate(model, [8], 2).shape)")
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, timeout=60,
+                              capture_output=True, text=True)
+        self.assertEqual(done.stdout, "torch.Size([1, 3])\n", done.stderr)
 
 
 FILE = bytes(range(256)) * 800  # 204,800 bytes, and the answers of a server that has them
@@ -563,25 +457,17 @@ def answer(status, body=b"no", *headers):
     return lambda request: send(request, body, status, headers=headers)
 
 
-whole = answer(200, FILE)
+def asked_for(size=len(FILE)):
+    """An answer with what was asked for; the connection is closed after `size` bytes."""
+    def respond(request):
+        start = int((request.headers["Range"] or "bytes=0-")[6:-1])
+        send(request, FILE[start:start + size], 206 if start else 200, len(FILE) - start,
+             [("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")])
+        request.close_connection = True
+    return respond
 
 
-def ranged(request, size=len(FILE)):
-    start = int((request.headers["Range"] or "bytes=0-")[6:-1])
-    where = f"bytes {start}-{len(FILE) - 1}/{len(FILE)}"
-    status = 200 if start == 0 else 206 if start < len(FILE) else 416   # 416: there is no such rest
-    send(request, FILE[start:start + size], status, length=len(FILE) - start,
-         headers=[("Content-Range", where)])
-    request.close_connection = True
-
-
-def cut(request):  # half, then the connection is closed
-    send(request, FILE[:100_000], length=len(FILE))
-    request.close_connection = True
-
-
-def drop(request):  # 16 KB of what was asked for, then the connection is closed
-    ranged(request, size=1 << 14)
+whole, ranged, cut, drop = answer(200, FILE), asked_for(), asked_for(100_000), asked_for(1 << 14)
 
 
 class TestDownload(InFolder):
@@ -606,62 +492,57 @@ class TestDownload(InFolder):
         rest = [None, "bytes=98304-"]                              # six reads of 16 KB had come
         moved = [("Location", "/cdn"), ("X-Linked-Etag", f'"{FILE_SHA256}"')]
         page = answer(200, b"<html>", ("Content-Type", "text/html"))
-        for addresses, before, answers, sha256, asked in [
-                (1, b"", [whole], None, [None]),
-                (1, b"", [cut, ranged], None, rest),
-                (1, b"", [cut, whole], None, rest),                # the server ignores the range
-                (1, b"", [answer(302, b"", *moved), whole], None, [None, None]),
-                (2, b"", [answer(404), whole], None, [None, None]),
-                (2, b"", [page, whole], None, [None, None]),
-                (2, b"", [drop, drop, drop, whole], None,          # the next, from the start
-                 [None, "bytes=16384-", "bytes=32768-", None]),
-                (1, b"x" * 5000, [ranged], FILE_SHA256, ["bytes=5000-", None]),  # of another file
-                (1, FILE + b"more", [ranged], FILE_SHA256, ["bytes=204804-", None])]:
+        for answers, asked in [
+                ([whole], [None]), ([cut, ranged], rest),
+                ([cut, whole], rest),                              # the server ignores the range
+                ([answer(302, b"", *moved), whole], [None, None]),
+                ([answer(404), page, whole], [None, None, None]),
+                ([drop, drop, drop, whole],                        # the next, from the start
+                 [None, "bytes=16384-", "bytes=32768-", None])]:
             with self.subTest(asked):
-                if before:
-                    self.write(part, before)
-                content = self.fetch(answers, [self.url, self.url + "2"][:addresses], sha256)
+                content = self.fetch(answers, 3 * [self.url])
                 self.assertEqual((content == FILE, self.asked), (True, asked))
-                self.assertFalse(part.exists())
+                self.assertEqual(os.listdir(path.parent), [path.name])
             path.unlink(missing_ok=True)
-        self.write(path, b"mine")                                  # is used without any network
+
+        # A part of another file is found out; a file that is there needs no network.
+        self.write(part, b"of another file")
+        content = self.fetch([ranged], [self.url], FILE_SHA256)
+        self.assertEqual((content == FILE, self.asked), (True, ["bytes=15-", None]))
+        self.write(path, b"mine")
         self.assertEqual((self.fetch([whole], [self.url]), self.asked), (b"mine", []))
 
     def test_what_fails_names_every_address_and_the_place_for_the_file(self):
         nobody = "http://127.0.0.1:9/"
-        for failure, sha256, words, asked in [
-                (answer(500), None, "500", 1), (answer(404), None, "404", 1),
-                (answer(200, b""), None, "wrong content", 1),
-                (whole, 64 * "0", "wrong content", 1),
-                (answer(200, FILE, ("X-Linked-Etag", 64 * "0")), None, "wrong content", 1),
-                (lambda request: time.sleep(1), None, "timed out", 1),
-                (drop, None, "49152 of 204800 bytes came", 3)]:   # it does not ask for ever
+        for failure, words, asked in [
+                (answer(404), "404", 1), (answer(200, b""), "wrong content", 1),
+                (answer(200, FILE, ("X-Linked-Etag", 64 * "0")), "wrong content", 1),
+                (lambda request: time.sleep(1), "timed out", 1),
+                (drop, "49152 of 204800 bytes came", 3)]:         # it does not ask for ever
             with self.subTest(words), self.assertRaisesRegex(
                     UserError, f"deep/er/file.bin[^$]*{nobody}.*refused[^$]*{self.url}.*{words}"):
-                self.fetch([failure], [nobody, self.url], sha256)
+                self.fetch([failure], [nobody, self.url])
             self.assertEqual(len(self.asked), asked)
             self.assertFalse(Path("deep").exists())               # no empty folder stays
 
 
-class Killed(BaseException):
-    """What stops a run in these tests, as a kill would: nothing catches it."""
-
-
+# A picture that cannot be drawn ends no run.
+@mock.patch.dict(sys.modules, {"matplotlib.figure": mock.Mock(**{"Figure.side_effect": OSError})})
 class TestTrainingRun(InFolder):
     VAL_LOSSES = {0: 9.0, 2: 5.0, 4: 3.0, 6: 6.0, 8: 7.0}      # by step: the model of 4 is the best
 
-    def train(self, flags="", stop=None, within=None, constant=False, loss=None, data="today's"):
-        """A plain loop with a `Run`, killed after step `stop`, or `within` its report."""
+    def train(self, flags="", stop=None, within=None, constant=False, loss=None):
+        """A plain loop with a `Run`, stopped after step `stop`, or `within` its report."""
         parser = gpt.ArgumentParser()
         gpt.add_training_arguments(parser, "x.pt", batch_size=2, lr=0.01, eval_every=2, max_steps=6)
         args = parser.parse_args(f"--out run.pt --dtype float32 {flags}".split())
         model = tiny_model(drop_rate=0.2)                      # with dropout: chance matters
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-        run = gpt.Run(args.max_steps, args, model, [optimizer], BYTES, {"data": data}, constant)
+        run = gpt.Run(args.max_steps, args, model, [optimizer], BYTES, constant=constant)
         while True:
             if run.due(args.eval_every):
                 kill = within if run.step == stop else "print_stream"     # which is never called
-                with mock.patch.object(gpt, kill, side_effect=Killed):
+                with mock.patch.object(gpt, kill, side_effect=KeyboardInterrupt):
                     run.report(epoch=1, val_loss=self.VAL_LOSSES[run.step])
             if run.step >= run.total_steps:
                 break
@@ -674,20 +555,14 @@ class TestTrainingRun(InFolder):
             optimizer.step()
             run.done(loss or step_loss.item(), idx.numel())
             if run.step == stop and not within:
-                raise Killed
+                raise KeyboardInterrupt
         run.finish()
 
-    def setUp(self):
-        super().setUp()
-        without_pictures = mock.patch.dict(sys.modules, {"matplotlib.figure": None})
-        without_pictures.start()
-        self.addCleanup(without_pictures.stop)
-
     def killed(self, *args, **options):
-        """A new run that is killed."""
+        """A new run that is stopped."""
         for left in Path().glob("run*"):
             left.unlink()
-        with self.assertRaises(Killed):
+        with self.assertRaises(KeyboardInterrupt):
             quietly(self.train, *args, **options)
 
     def result(self):
@@ -718,28 +593,11 @@ class TestTrainingRun(InFolder):
         with self.assertRaisesRegex(UserError, "falls towards.* step 6.*--init run.pt"):
             quietly(self.train, "--max-steps 8 --resume")
 
-    def test_a_deleted_model_is_written_again_from_its_state_or_missed(self):
-        quietly(self.train)
-        expected = self.result()
-        self.killed(stop=5)                           # the state is of step 4, the best
-        Path("run.pt").unlink()
-        quietly(self.train, "--resume")
-        self.assertEqual(self.result(), expected)
-        self.killed("--max-steps 8", stop=7)          # the state is of step 6, but 4 was better
-        Path("run.pt").unlink()
-        with self.assertRaisesRegex(UserError, "best model.* is gone"):
-            quietly(self.train, "--resume --max-steps 8")
-
-    def test_another_run_or_a_changed_state_is_a_sentence(self):
+    def test_a_changed_state_is_a_sentence(self):
         self.killed(stop=5)
-        for flags, data in (("--seed 9", "today's"), ("--lr 0.1", "today's"), ("", "tomorrow's")):
-            with self.assertRaisesRegex(UserError, f"another {flags.split(' ')[0] or '--data'}"):
-                quietly(self.train, f"{flags} --resume", data=data)
         state = torch.load("run-resume.pt", weights_only=True)
-        for change in ([1, 2], {}, {"step": "four"}, {"rows": None}, {"settings": 3},
-                       {"optimizers": []}, {"weights": {}}):
-            changed = {**state, **change} if isinstance(change, dict) and change else change
-            torch.save(changed, "run-resume.pt")
+        for change in ({"step": "four"}, {"rows": None}, {"optimizers": []}, {"weights": {}}):
+            torch.save({**state, **change}, "run-resume.pt")
             with self.subTest(change), self.assertRaisesRegex(
                     UserError, r"\Arun-resume.pt [^\n]{,300}leave out --resume\Z"):
                 quietly(self.train, "--resume")
@@ -751,130 +609,86 @@ class TestTrainingRun(InFolder):
             quietly(self.train, "--resume", loss=math.nan)
         self.assertTrue(torch.equal(weights("run.pt"), before))
 
-    def test_a_picture_that_cannot_be_drawn_ends_no_run(self):
-        env = {**os.environ, "MPLBACKEND": "bogus"}
-        done = subprocess.run([sys.executable, *shlex.split(f"{ROOT}/{PRETRAIN} --max-steps 2")],
-                              env=env, capture_output=True, text=True, timeout=60)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        gpt.load_checkpoint("run.pt")
-        self.assertEqual(self.metrics()["step"].tolist()[-1], 2)
-
-    def test_without_a_command_line_nothing_is_written(self):
-        before, run = set(Path().iterdir()), gpt.Run(2)
-        for loss in (3.0, 4.0):
-            quietly(run.report, epoch=1, val_loss=1.0)
-            quietly(run.done, loss, tokens=5)
-        quietly(run.report, epoch=1, val_loss=0.5)
-        self.assertEqual([row["train_loss"] for row in run.rows], [None, 3.0, 4.0])
-        self.assertEqual(set(Path().iterdir()), before)
-
 
 # ---------------------------------------------------------------------------------------------
 # Mistakes people make, each one sentence
 
 class TestRefusals(InFolder):
-    def check(self, status, run, cases):
-        """Each command ends with this status and one sentence with these words; no file changes."""
-        def files():
-            return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-
-        before = files()
-        for flags, words in cases.items():
-            with self.subTest(flags):
-                actual, _, err = call(run + flags)
-                self.assertEqual(actual, status, err)
-                self.assertIn(words, " ".join(err.split()))
-                self.assertNotIn("Traceback", err)
-                self.assertLessEqual(max(map(len, err.split("\n"))), 80)
-        self.assertEqual(files(), before)
-
-    def test_what_people_mistype_or_lack(self):
+    def test_what_people_mistype_or_lack_is_one_sentence(self):
         clf.replace_head(model := tiny_model(), 2)
         gpt.save_checkpoint("class.pt", model, BYTES, class_names=["a", "b"])
-        self.check(1, "gpt.py ", {
-            "--prompt x": "make one with: python pretrain.py",
-            "--checkpoint text.txt": "text.txt is not the checkpoint that is needed",
-            "--checkpoint class.pt": "it holds a classifier",
-            "--checkpoint tiny.pt --device tpu": "the device 'tpu' is not available",
-            "--checkpoint tiny.pt --explain --layer 2": "2 layers"})
-
-    def test_wrong_usage_is_status_2(self):
-        self.check(2, "gpt.py ", {flags: "see " for flags in (
-            "--temperature -1", "--top-p 2", "--top-k 0", "--seed 9999999999", "--dtype x",
-            "--checkpoint ''", "--device ''", "--non\x1bsense", "--max 3")})
+        wrong_usage = "--top-p 2", "--seed 9999999999", "--non\x1bsense", "--max 3"
+        for status, flags, words in [
+                (1, "--prompt x", "make one with: python pretrain.py"),
+                (1, "--checkpoint text.txt", "text.txt is not the checkpoint that is needed"),
+                (1, "--checkpoint class.pt", "it holds a classifier"),
+                (1, "--checkpoint tiny.pt --device tpu", "the device 'tpu' is not available"),
+                (1, "--checkpoint tiny.pt --explain --layer 2", "2 layers"),
+                *((2, flags, "--help") for flags in wrong_usage)]:
+            with self.subTest(flags):
+                actual, _, err = call(f"gpt.py {flags}")
+                self.assertEqual(actual, status, err)
+                self.assertIn(words, " ".join(err.split()))
+                self.assertLessEqual(max(map(len, err.split("\n"))), 80)
 
     def test_an_output_that_would_destroy_something_is_refused_before_any_work(self):
         for name in ("mine.pt", "foreign.csv", "folder/a.txt", "data.csv"):
             self.write(name, "keep me")
         self.write("ours.csv", "step,epoch,train_loss\n")
         self.write("ours.png", "a picture")
-        read = "folder", "tiny.pt", None, Path("data.csv")
         for out, words in [("tiny.pt", "tiny.pt is read by"), ("folder/x.pt", "x.pt is read by"),
-                           ("data.pt", "data.csv is read by"), ("text.txt/x.pt", "text.txt"),
+                           ("data.pt", "data.csv is read by"),
                            ("mine.pt", "mine.pt is not of this project"),
                            ("foreign.pt", "foreign.csv is not of this project"),
                            ("ours.pt", None), ("new/x.pt", None)]:
-            refused = self.assertRaisesRegex((UserError, OSError), words or "")
+            refused = self.assertRaisesRegex(UserError, words or "")
             with self.subTest(out), refused if words else contextlib.nullcontext():
-                gpt.check_output(mock.Mock(out=Path(out), resume=False), *read)
+                gpt.check_output(mock.Mock(out=Path(out), resume=False), "folder", "tiny.pt",
+                                 None, Path("data.csv"))
 
-    def test_wrong_arguments_in_python_are_a_value_error_that_says_why(self):
-        model, ids = tiny_model(), [1, 2, 3]
-        for prompt, options, words in [
-                (ids, {"top_p": 1.5}, "top_p"), (ids, {"top_k": 0}, "top_k"),
-                (ids, {"temperature": -1}, "temperature"), (ids, {"context_size": 0}, "context"),
-                ([], {}, "whole numbers.*at least one"), ([[]], {}, "at least one"),
-                ([1.0, 2.0], {}, "whole numbers"), ([[[1]]], {}, r"\(B, T\)"),
-                ([ids, ids], {"padding": [3, 0]}, "padding"),
-                ([ids, ids], {"padding": [0]}, "padding")]:
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
-                generate(model, prompt, 2, **options)
-        for function, words in [
-                (lambda: gpt.MultiHeadAttention(8, 8, 5, 0.0, num_heads=3), "not divisible"),
-                (lambda: model(torch.zeros(1, 65, dtype=torch.long)), "65 tokens do not fit"),
-                (lambda: gpt.ranks_from_text("AA== 0\nAA== 1"), "twice"),
-                (lambda: gpt.ranks_from_text("AA== 0\nAQ== 1"), "a single byte has no rank")]:
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+    def test_wrong_arguments_in_python_are_an_error_that_says_why(self):
+        model, infinite, small = tiny_model(), tiny_model(), tiny_model(vocab_size=100)
+        infinite.out_head.weight.data[3, 3] = math.inf
+        for words, function in [
+                ("top_p", lambda: generate(model, [1], 2, top_p=1.5)),
+                ("temperature", lambda: generate(model, [1], 2, temperature=-1)),
+                ("whole numbers", lambda: generate(model, [1.0, 2.0], 2)),
+                ("padding", lambda: generate(model, [[1], [2]], 2, padding=[1, 0])),
+                ("65 tokens do not fit", lambda: model(torch.zeros(1, 65, dtype=torch.long))),
+                ("loses text", lambda: gpt.make_tokenizer("mine", {}, "a*")),
+                ("a single byte has no rank", lambda: gpt.ranks_from_text("AA== 0\nAQ== 1")),
+                ("text.txt .*tokenizer.py train TEXT", lambda: gpt.load_tokenizer("text.txt")),
+
+                # What could not be loaded is not saved.
+                ("tiktoken", lambda: gpt.save_checkpoint("new.pt", model, object())),
+                ("not finite", lambda: gpt.save_checkpoint("new.pt", infinite, BYTES)),
+                ("more tokens", lambda: gpt.save_checkpoint("new.pt", small, BYTES)),
+                ("Unsupported|weights_only", lambda: gpt.save_checkpoint(
+                    "new.pt", model, BYTES, accuracy=np.float64(0.5)))]:
+            with self.subTest(words), self.assertRaisesRegex((ValueError, UserError), words):
                 function()
-
-    def test_a_file_that_is_no_vocabulary_says_what_makes_one(self):
-        self.write("cut.tiktoken", "AA== 0\nAQ==")
-        for spec in ("none.tiktoken", "cut.tiktoken", "text.txt", "gpt9"):
-            with self.assertRaisesRegex(UserError, rf"\A{spec} .*python tokenizer.py train TEXT\Z"):
-                gpt.load_tokenizer(spec)
+        self.assertEqual(list(Path().glob("new*")), [])
 
 
-class TestLessons(unittest.TestCase):
+class TestLessons(InFolder):
     """The lines that a lesson tells its reader to type run as they stand."""
 
-    def run_lines(self, code, names):
-        """Run them in a folder with links to all that the project's folder has; it stays clean."""
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(folder.name)
-        for path in [*ROOT.iterdir(), *(ROOT / "data").iterdir()]:
-            link = Path(path.relative_to(ROOT))
-            if path.name not in ("data", "checkpoints"):
-                link.parent.mkdir(exist_ok=True)
-                link.symlink_to(path)
-        Path("checkpoints").mkdir()
-        self.assertGreater(code.count("\n"), 4)
-        quietly(exec, textwrap.dedent(code), names)
-
-    @needs("the-verdict.txt", "instruction-data.json", "vocab.bpe")
+    @needs("the-verdict.txt", "SMSSpamCollection", "instruction-data.json", "vocab.bpe")
     def test_the_same_by_hand_runs_as_it_stands(self):
+        for name in ("data", "README.md"):
+            Path(name).symlink_to(ROOT / name)
+        Path("checkpoints").mkdir()
         for script in SCRIPTS:
             text = (ROOT / script).read_text(encoding="utf-8")
             lines = text.partition("# The same by hand, in Python:")[2].split("\n")
             block = itertools.takewhile(re.compile("#$|#     ").match, lines[1:])
-            code = "\n".join(line[1:] for line in block)
+            code, names = "\n".join(line[1:] for line in block), {}
+            if script == "pretrain.py":                    # there they stand in a docstring
+                docstring = pretrain.train_model_simple.__doc__
+                code, names = docstring.split("a small model:\n")[1], dict(vars(pretrain))
+            self.assertGreater(code.count("\n"), 4)
             with self.subTest(script):
-                if script == "pretrain.py":                # there they stand in a docstring
-                    docstring = pretrain.train_model_simple.__doc__
-                    self.run_lines(docstring.split("a small model:\n")[1], dict(vars(pretrain)))
-                else:
-                    self.run_lines(code, {})
+                quietly(exec, textwrap.dedent(code), names)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1335,26 +1149,24 @@ class TestRepository(InFolder):
             self.assertLessEqual(len(longest), 80, f"{command}: {longest}")
 
 
-# ---------------------------------------------------------------------------------------------
-# load_gpt2.py. Small files in every format, and GPT-2 in numpy to say what the logits must be.
-
 V, T, C, H, L = 400, 16, 32, 2, 11  # 11 blocks: h10 comes before h2 in sorted order
+HUB_FILE = Path("hub/model.safetensors")
 BLOCK = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
          "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
 GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm",
               "lm_head": "output", "ln_1": "attn_norm", "attn.c_attn": "attn_qkv",
               "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
               "mlp.c_proj": "ffn_down"}
-PHI3 = {"instruction": "<|user|>\n", "input": "\n", "output": "\n<|assistant|>\n"}
 
 
 def random_gpt2():
-    """{the hub's name: float32 array} of a tiny GPT-2, every array different."""
+    """{the hub's name: float32 array} of a tiny GPT-2, in numbers that bfloat16 holds, too."""
     rng = np.random.default_rng(0)
     shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     for i, (name, shape) in itertools.product(range(L), BLOCK.items()):
         shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
-    return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays = {name: rng.normal(0, 0.3, shape).astype("f4") for name, shape in shapes.items()}
+    return {name: (array.view("u4") & 0xffff0000).view("f4") for name, array in arrays.items()}
 
 
 def numpy_gpt2(w, ids):
@@ -1369,62 +1181,57 @@ def numpy_gpt2(w, ids):
     w = {name: array.astype(np.float64) for name, array in w.items()}
     x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
     for i in range(L):
-        q, k, v = np.split(linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn"), 3, axis=-1)
-        heads = []
-        for h in np.split(np.arange(C), H):
-            scores = q[:, h] @ k[:, h].T / np.sqrt(C // H)
-            scores = np.exp(np.where(np.tri(len(ids)) == 1, scores, -np.inf))
-            heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, h])
-        x = x + linear(np.concatenate(heads, axis=-1), f"h.{i}.attn.c_proj")
+        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")                 # (T, 3 C)
+        q, k, v = np.split(qkv.reshape(len(ids), 3 * H, C // H).swapaxes(0, 1), 3)
+        scores = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(C // H)) * np.tri(len(ids))
+        heads = scores / scores.sum(-1, keepdims=True) @ v                         # (H, T, C / H)
+        x = x + linear(heads.swapaxes(0, 1).reshape(-1, C), f"h.{i}.attn.c_proj")
         y = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
         y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y ** 3)))
         x = x + linear(y, f"h.{i}.mlp.c_proj")
     return norm(x, "ln_f") @ w.get("lm_head.weight", w["wte.weight"]).T
 
 
-def write_safetensors(path, arrays, dtype="F32", **change):
-    """`arrays` as {name: array}; `change` alters what the header says of the first one."""
+def write_safetensors(path, arrays, dtype="F32"):
+    """Write {name: array} in the hub's format."""
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, array in arrays.items():
         end = len(data) + array.nbytes
         header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), end]}
         data += array.tobytes()
-    header["wte.weight"] = {**header.get("wte.weight", {}), **change}
     text = json.dumps(header).encode()
     Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def read_gguf(path):
     """(keys, {tensor's name: array}) of a GGUF file, after llama.cpp's description."""
-    data, at = path.read_bytes(), 24
+    file = io.BytesIO(Path(path).read_bytes())
 
     def take(form):
-        nonlocal at
-        values = struct.unpack_from("<" + form, data, at)
-        at += struct.calcsize("<" + form)
+        values = struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
         return values[0] if len(values) == 1 else values
 
     def text():
-        return take(f"{take('Q')}s").decode()
+        return file.read(take("Q")).decode()
 
     def value(kind):
-        if kind == 9:
-            item, count = take("IQ")
-            return [value(item) for _ in range(count)]
-        return text() if kind == 8 else take({4: "I", 5: "i", 6: "f", 7: "?"}[kind])
+        if kind == 9:                                # a list
+            kind, count = take("IQ")
+            return [value(kind) for _ in range(count)]
+        return text() if kind == 8 else take({4: "I", 5: "i", 6: "f"}[kind])
 
-    magic, version, num_tensors, num_keys = struct.unpack_from("<4sIQQ", data)
-    assert (magic, version) == (b"GGUF", 3)
+    magic, num_tensors, num_keys = take("8sQQ")
+    assert magic == b"GGUF\3\0\0\0"                 # version 3
     keys = {text(): value(take("I")) for _ in range(num_keys)}
     infos = [(text(), np.atleast_1d(take(f"{take('I')}Q"))[::-1], *take("IQ"))
              for _ in range(num_tensors)]
-    tensors, start = {}, at + -at % 32
+    data, tensors = file.getvalue()[file.tell() + -file.tell() % 32:], {}
     for name, shape, kind, offset in infos:
         if kind == 0:
-            array = np.frombuffer(data, "<f4", math.prod(shape), start + offset)
-        else:                                    # 8: blocks of 32 rounded numbers with one scale
+            array = np.frombuffer(data, "<f4", math.prod(shape), offset)
+        else:                                        # 8: 32 rounded numbers and their scale
             blocks = np.frombuffer(data, [("scale", "<f2"), ("numbers", "i1", 32)],
-                                   math.prod(shape) // 32, start + offset)
+                                   math.prod(shape) // 32, offset)
             array = blocks["numbers"] * blocks["scale"][:, None].astype(np.float32)
         tensors[name] = array.reshape(shape)
     return keys, tensors
@@ -1438,34 +1245,30 @@ def tensorflow_name(hub_name):
 
 
 class TestLoadGPT2(InFolder):
-    FILE = Path("hub/model.safetensors")
-
     def setUp(self):
         super().setUp()
         self.weights = random_gpt2()
         self.write("hub/config.json", json.dumps({"n_head": H, "vocab_size": V}))
-        write_safetensors(self.FILE, self.weights)
-        arrays = {tensorflow_name(name): array for name, array in self.weights.items()}
-        self.write("tf/model.ckpt.data-00000-of-00001",
-                   b"".join(arrays[name].tobytes() for name in sorted(arrays)))
-        self.write("tf/hparams.json", json.dumps(
+        write_safetensors(HUB_FILE, self.weights)
+        tf = sorted((tensorflow_name(name), w.tobytes()) for name, w in self.weights.items())
+        self.write("models/124M/model.ckpt.data-00000-of-00001", b"".join(data for _, data in tf))
+        self.write("models/124M/hparams.json", json.dumps(
             {"n_vocab": V, "n_ctx": T, "n_embd": C, "n_head": H, "n_layer": L}))
 
-    def check_logits(self, model, tolerance=2e-4, ids=(0, 299, 7, 7, 42)):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]))[0].numpy()
-        np.testing.assert_allclose(logits, numpy_gpt2(self.weights, list(ids)), 1e-4, tolerance)
+    def check_logits(self, model, ids=(0, 299, 7, 7, 42)):
+        logits = model(torch.tensor([ids]))[0].detach().numpy()
+        np.testing.assert_allclose(logits, numpy_gpt2(self.weights, list(ids)), 1e-4, 2e-4)
 
     def refused(self, words, source="hub --tokenizer bytes"):
-        """Nothing is saved, and the sentence fits in the screen."""
+        """Nothing is saved, and a short sentence says why."""
         status, out, err = call(f"load_gpt2.py --from {source} --out refused.pt")
-        self.assertEqual((status, Path("refused.pt").exists()), (1, False), out + err)
-        self.assertRegex(" ".join(err.split()), f"cannot be used .*{words}")
-        self.assertLess(len(err), 600)
+        self.assertRegex(" ".join(err.split()), f"cannot be used .*{words}", out)
+        self.assertEqual((status, Path("refused.pt").exists(), len(err) < 600), (1, False, True))
 
     def export(self, tokenizer, *paths):
         """Load what is in hub/ and write it for other software."""
-        gpt.save_checkpoint("m.pt", load_gpt2.load_local("hub"), tokenizer, prompt_texts=PHI3)
+        texts = instruct.PROMPT_STYLES["phi3"]
+        gpt.save_checkpoint("m.pt", load_gpt2.load_local("hub"), tokenizer, prompt_texts=texts)
         for path in paths:
             self.ok(f"load_gpt2.py --checkpoint m.pt --export {path}")
 
@@ -1473,112 +1276,73 @@ class TestLoadGPT2(InFolder):
     def test_files_of_transformers_and_tensorflow_give_transformers_logits(self):
         expected = np.load(ROOT / "data" / "gpt2-tiny-tf" / "expected_logits.npz")
         for name in ("gpt2-tiny-hf", "gpt2-tiny-tf"):
-            with torch.no_grad():
-                logits = load_gpt2.load_local(ROOT / "data" / name)(
-                    torch.from_numpy(expected["ids"])).numpy()
+            model = load_gpt2.load_local(ROOT / "data" / name)
+            logits = model(torch.from_numpy(expected["ids"])).detach().numpy()
             self.assertLess(np.abs(logits - expected["logits"]).max(), 2e-5, name)
 
     def test_every_format_and_spelling_gives_the_logits_of_gpt2_in_numpy(self):
-        for source in ("hub", self.FILE, "tf"):
+        for source in ("hub", HUB_FILE, "models/124M"):
             self.check_logits(load_gpt2.load_local(source))
-        halves = {name: array.astype(np.float16) for name, array in self.weights.items()}
-        write_safetensors(self.FILE, halves, dtype="F16")
-        self.check_logits(load_gpt2.load_local("hub"), tolerance=0.3)
 
-        # Cut into two files, with longer names; each number is the upper half of a float32.
-        self.FILE.unlink()
-        upper = {name: array.view(np.uint16)[..., 1::2] for name, array in self.weights.items()}
-        long = [(f"transformer.{name}", array) for name, array in upper.items()]
-        for i, part in enumerate((long[:60], long[60:]), start=1):
-            write_safetensors(f"hub/model-0000{i}-of-00002.safetensors", dict(part), dtype="BF16")
-        self.weights = {name: (array.astype(np.uint32) << 16).view(np.float32)
-                        for name, array in upper.items()}
-        self.check_logits(load_gpt2.load_local("hub"))
+        # Cut into two files, with longer names, in numbers of two bytes.
+        HUB_FILE.unlink()
+        for dtype, shorten in (("F16", lambda array: array.astype(np.float16)),
+                               ("BF16", lambda array: array.view(np.uint16)[..., 1::2])):
+            arrays = [(f"transformer.{name}", shorten(w)) for name, w in self.weights.items()]
+            write_safetensors("hub/model-00001-of-00002.safetensors", dict(arrays[:60]), dtype)
+            write_safetensors("hub/model-00002-of-00002.safetensors", dict(arrays[60:]), dtype)
+            self.check_logits(load_gpt2.load_local("hub"))
 
     def test_a_state_dict_of_code_for_the_book_becomes_a_checkpoint(self):
         ids = torch.tensor([[1, 2, 3]])
         for changes in ({}, {"qkv_bias": True}, {"tie_embeddings": True}):
             model = tiny_model(spread=0.3, **changes)
             plain = {**model.state_dict(), "trf_blocks.0.att.mask": torch.ones(64, 64).triu(1)}
-            for saved in (plain, {f"_orig_mod.module.{name}": t for name, t in plain.items()},
-                          {"model_state_dict": plain, "optimizer_state_dict": {"lr": 0.1}}):
+            wrapped = {f"_orig_mod.module.{name}": t for name, t in plain.items()}
+            for saved in (plain, {"model_state_dict": wrapped, "optimizer_state_dict": {}}):
                 torch.save(saved, "model.pth")
                 self.ok("load_gpt2.py --from model.pth --n-heads 2 --tokenizer bytes --out a.pt")
-                back, tokenizer, _ = gpt.load_checkpoint("a.pt")
-                self.assertEqual(back.cfg, {**model.cfg, "drop_rate": 0.0,
-                                            "tie_embeddings": "tie_embeddings" in changes})
+                back = gpt.load_checkpoint("a.pt")[0]
+                self.assertEqual(back.cfg["tie_embeddings"], "tie_embeddings" in changes)
                 self.assertTrue(torch.equal(back(ids), model(ids)))
-                self.assertEqual(tokenizer.name, "bytes")
 
     def test_params_are_the_book_s_tree_and_load_into_a_model(self):
-        Path("models").mkdir()
-        Path("tf").rename("models/124M")
         settings, params = load_gpt2.download_and_load_gpt2("124M", "models")
         self.assertEqual((settings["n_head"], settings["n_layer"]), (H, L))
         np.testing.assert_array_equal(params["blocks"][10]["mlp"]["c_fc"]["w"],
                                       self.weights["h.10.mlp.c_fc.weight"])
-        np.testing.assert_array_equal(params["g"], self.weights["ln_f.weight"])
         model = tiny_model(vocab_size=V, context_length=T, emb_dim=C, n_layers=L, qkv_bias=True)
         load_gpt2.load_weights_into_gpt(model, params)
         self.check_logits(model)
 
     def test_what_would_be_read_wrong_or_is_damaged_is_a_sentence(self):
-        self.refused("'tokenizer.json'|tokenizer.json", "hub")
-        for change in ({"dtype": "I64"}, {"shape": [V, C, 1]}, {"shape": [-V, -C]}, {"shape": 3},
-                       {"data_offsets": [10**12, 0]}, {"data_offsets": [-1e9, 0]}):
-            write_safetensors(self.FILE, self.weights, **change)
-            self.refused("Error: ")
-        for content in (b"", b"\xff" * 100, struct.pack("<Q", 400_000) + b"[" * 400_000):
-            self.write(self.FILE, content)
-            self.refused("Error: ")
-        torch.save({"x": torch.ones(1)}, "model.pth")
-        self.refused("tok_emb.weight", "model.pth")
+        self.refused("tokenizer.json", "hub")
+        self.export(BYTES, "my-gpt")
+        right = json.loads(Path("my-gpt/tokenizer.json").read_text(encoding="utf-8"))
+        for change, words in (({"added_tokens": [{"id": 300, "content": "<pad>"}]}, "added tokens"),
+                              ({"pre_tokenizer": {"type": "Whitespace"}}, "another way")):
+            self.write("my-gpt/tokenizer.json", json.dumps({**right, **change}))
+            self.refused(words, "my-gpt")
 
-        write_safetensors(self.FILE, {**self.weights, "wpe.weight": np.full((T, C), np.nan, "f4")})
-        self.refused("pos_emb.weight")
-        write_safetensors(self.FILE, {n: a for n, a in self.weights.items() if "10.ln_1" not in n})
+        whole = HUB_FILE.read_bytes()
+        for content in (b"", whole[:100], whole[:-100], b"\xff" * 100):
+            self.write(HUB_FILE, content)
+            self.refused("Error: ")
+        write_safetensors(HUB_FILE, {n: a for n, a in self.weights.items() if "10.ln_1" not in n})
         self.refused("h.10.ln_1.weight")
-        write_safetensors(self.FILE, self.weights)
+
+        self.write(HUB_FILE, whole)
         for config, words in (("", "line 1"), ('{"n_head": 5}', "divisible"), ("{}", "--n-heads"),
-                              ('{"layer_norm_epsilon": 1e-6}', "config.json says"),
-                              ("[" * 200_000, "recursion")):
+                              ('{"layer_norm_epsilon": 1e-6}', "config.json says")):
             self.write("hub/config.json", config)
             self.refused(words)
 
-    def test_a_tokenizer_that_would_be_read_wrong_is_refused(self):
-        trained = tok.BPETokenizer()
-        trained.train(TEXT, 300)
-        self.export(trained, "my-gpt")
-        path = Path("my-gpt/tokenizer.json")
-        right = json.loads(path.read_text(encoding="utf-8"))
-        vocab = right["model"]["vocab"]
-        for name, value, words in (
-                ("added_tokens", [{"id": 300, "content": "<pad>"}], "added tokens"),
-                ("added_tokens", [{"id": 0, "content": "<|endoftext|>"}], "added tokens"),
-                ("model", {**right["model"], "merges": right["model"]["merges"][::-1]}, "order"),
-                ("model", {**right["model"], "vocab": {**vocab, "a": 300}}, "order"),
-                ("normalizer", {"type": "NFC"}, "another way"),
-                ("pre_tokenizer", {"type": "Whitespace"}, "another way")):
-            self.write(path, json.dumps({**right, name: value}))
-            self.refused(words, "my-gpt")
-
-    @needs("vocab.bpe", "tiktoken")
-    def test_from_a_folder_to_a_checkpoint_that_writes(self):
-        self.write("data/vocab.bpe", (ROOT / "data/vocab.bpe").read_bytes())
+    def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_for_each_byte(self):
         self.write("data/the-verdict.txt", TEXT)
-        self.weights["wte.weight"] = np.zeros((50257, C), np.float32)
-        write_safetensors(self.FILE, self.weights)
-        out = self.ok("load_gpt2.py --from hub --out a.pt")
-        self.assertLess(max(map(len, out.split("\n"))), 80)
-        self.assertEqual(gpt.load_checkpoint("a.pt")[1].name, "gpt2")
-
-        # A model that knows nothing needs log2(50257) bits for each token.
-        encoder = tiktoken.get_encoding("gpt2")
-        ids = encoder.encode(TEXT[int(0.9 * len(TEXT)):])
-        targets = ids[1:(len(ids) - 1) // T * T + 1]
-        bits = math.log2(50257) * len(targets) / len(encoder.decode_bytes(targets))
-        self.assertIn(f"{math.log(50257):.3f} nats per token, {bits:.3f} bits",
-                      " ".join(out.split()))
+        self.weights["wte.weight"][:] = 0
+        write_safetensors(HUB_FILE, self.weights)
+        out = " ".join(self.ok("load_gpt2.py --from hub --tokenizer bytes --out a.pt").split())
+        self.assertIn(f"{math.log(V):.3f} nats per token, {math.log2(V):.3f} bits per byte", out)
 
     def test_an_exported_folder_is_read_again_with_or_without_a_head_of_its_own(self):
         trained = tok.BPETokenizer()
@@ -1590,90 +1354,64 @@ class TestLoadGPT2(InFolder):
             self.check_logits(back)
             self.assertEqual(again.encode(TEXT), tokenizer.encode(TEXT))
             self.weights["lm_head.weight"] = self.weights["wte.weight"] + 1
-            write_safetensors(self.FILE, self.weights)
+            write_safetensors(HUB_FILE, self.weights)
 
-        # Other software goes by the list of merges: replayed in its order, it gives our tokens.
-        contents = json.loads(Path("my-gpt/tokenizer.json").read_text(encoding="utf-8"))["model"]
-        order = {tuple(pair): i for i, pair in enumerate(contents["merges"])}
+        # Other software replays the list of merges in its order (Sennrich et al. 2016).
+        model = json.loads(Path("my-gpt/tokenizer.json").read_text(encoding="utf-8"))["model"]
         letters = {byte: letter for letter, byte in gpt.BYTE_OF_LETTER.items()}
         text = TEXT[:200] + "".join(map(chr, range(32, 1300))) + "I'm 3.14 \n\n\t x  ..."
-        ids = []
-        for chunk in tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, text):
-            parts = [letters[byte] for byte in chunk.encode()]
-            while pairs := [pair for pair in zip(parts, parts[1:]) if pair in order]:
-                i = list(zip(parts, parts[1:])).index(min(pairs, key=order.get))
-                parts[i:i + 2] = [parts[i] + parts[i + 1]]
-            ids += [contents["vocab"][part] for part in parts]
-        self.assertEqual(ids, trained.encode(text))
+        tokens = "\n".join(" ".join(letters[byte] for byte in chunk.encode())
+                           for chunk in tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, text))
+        for a, b in model["merges"]:
+            pair = rf"(?<!\S){re.escape(a)} {re.escape(b)}(?!\S)"
+            tokens = re.sub(pair, lambda match: a + b, tokens)
+        self.assertEqual([model["vocab"][token] for token in tokens.split()], trained.encode(text))
 
-    def test_an_export_stopped_anywhere_leaves_a_whole_model(self):
-        self.export(BYTES, "my-gpt")
-        for name, stop_at in [("write_text", 1), ("rename", 0), ("rename", 1)]:
-            original, calls = getattr(Path, name), itertools.count()
-
-            def stopping(*args, **options):
-                if next(calls) == stop_at:
-                    raise KeyboardInterrupt
-                return original(*args, **options)
-
-            with mock.patch.object(Path, name, stopping):
-                self.assertEqual(call("load_gpt2.py --checkpoint m.pt --export my-gpt")[0], 130)
-            whole = [folder for folder in ("my-gpt", "my-gpt.old.tmp") if Path(folder).exists()]
-            self.check_logits(load_gpt2.load_local(whole[0]))
-            self.ok("load_gpt2.py --checkpoint m.pt --export my-gpt")
-            self.assertEqual([str(path) for path in Path().glob("my-gpt*")], ["my-gpt"])
-
-    def test_an_export_replaces_nothing_that_this_script_did_not_write(self):
-        self.export(BYTES, "my-gpt", "m.gguf", "m.gguf --quantize q8_0", "my-gpt")
-        self.write("my-gpt/README.md", "about my model")
-        self.write("other.gguf", b"GGUF" + bytes(500))
+    def test_an_export_replaces_its_own_files_alone_and_only_when_it_is_whole(self):
+        self.export(BYTES, "my-gpt", "m.gguf", "m.gguf --quantize q8_0", "my-gpt", "noted")
+        self.write("noted/README.md", "about my model")
         self.write("mine.Modelfile", "FROM mine\n")
-        before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
-        for path in ("my-gpt", "hub", "other.gguf", "mine.gguf", "text.txt"):
+        files = lambda: {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+        before = files()
+        for path in ("noted", "hub", "mine.gguf", "text.txt"):
             status, _, err = call(f"load_gpt2.py --checkpoint m.pt --export {path}")
             self.assertEqual((status, "holds something else" in " ".join(err.split())), (1, True))
-        self.assertEqual(before, {file: file.read_bytes() for file in Path().rglob("*")
-                                  if file.is_file()})
+        with mock.patch.object(Path, "write_text", side_effect=OSError("disk full")):
+            self.assertEqual(call("load_gpt2.py --checkpoint m.pt --export my-gpt")[0], 1)
+        self.assertEqual(files(), before)
 
     def test_the_chat_template_writes_the_tokens_that_training_shows(self):
         import jinja2  # as transformers does it
         self.export(BYTES, "my-gpt", "m.gguf")
-        folder = json.loads(Path("my-gpt/tokenizer_config.json").read_text(encoding="utf-8"))
-        template = read_gguf(Path("m.gguf"))[0]["tokenizer.chat_template"]
-        self.assertEqual(folder["chat_template"], template)
+        template = read_gguf("m.gguf")[0]["tokenizer.chat_template"]
+        config = Path("my-gpt/tokenizer_config.json").read_text(encoding="utf-8")
+        self.assertEqual(json.loads(config)["chat_template"], template)
         template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
         messages = [{"role": role, "content": content} for role, content in (
             ("system", "Be brief."), ("user", "Say \"one\"."), ("assistant", "one\n"),
             ("user", "Again?"), ("assistant", "two"))]
+        written = template.render(messages=messages)
         learned, _ = instruct.encode_entry(instruct.to_entry({"messages": messages}), BYTES, "phi3")
-        self.assertEqual(BYTES.encode(template.render(messages=messages), allowed_special="all"),
-                         learned)
+        self.assertEqual(BYTES.encode(written, allowed_special="all"), learned)
         asked = template.render(messages=messages[:-1], add_generation_prompt=True)
-        self.assertEqual(asked + "two<|endoftext|>", template.render(messages=messages))
-
-        # Ollama repeats its template for each turn, the last one up to the response.
-        modelfile = Path("m.Modelfile").read_text(encoding="utf-8")
-        turn = re.search('TEMPLATE """(.*?)"""', modelfile, re.DOTALL)[1]
-        system = "{{ if .System }}{{ .System }}\n\n{{ end }}"
-        first = turn.replace(system, "Be brief.\n\n").replace("{{ .Prompt }}", "Say \"one\".")
-        last = turn.replace(system, "").replace("{{ .Prompt }}", "Again?")
-        self.assertEqual(first.replace("{{ .Response }}", "one\n") + last.split("{{")[0], asked)
+        self.assertEqual(asked + "two<|endoftext|>", written)
+        modelfile = Path("m.Modelfile").read_text(encoding="utf-8")        # the same for Ollama
+        self.assertIn('TEMPLATE """<|user|>\n{{ if .System }}{{ .System }}\n\n{{ end }}'
+                      '{{ .Prompt }}\n<|assistant|>\n{{ .Response }}<|endoftext|>"""', modelfile)
 
     def test_a_gguf_file_has_every_tensor_and_key(self):
         self.weights["lm_head.weight"] = self.weights["wte.weight"] + 1
-        write_safetensors(self.FILE, self.weights)
+        write_safetensors(HUB_FILE, self.weights)
         self.export(BYTES, "m.gguf", "small.gguf --quantize q8_0")
-        (keys, tensors), (_, rounded) = map(read_gguf, (Path("m.gguf"), Path("small.gguf")))
+        (keys, tensors), (_, rounded) = map(read_gguf, ("m.gguf", "small.gguf"))
         for hub_name, array in self.weights.items():
             block, name, ending = re.fullmatch(r"(h\.\d+\.)?(.*)\.(\w+)", hub_name).groups("")
             name = block.replace("h.", "blk.") + GGUF_NAMES[name] + "." + ending
             array = array.T if ".c_" in hub_name else array           # linear layers are (out, in)
             np.testing.assert_array_equal(tensors.pop(name), array)
-            errors = np.abs(rounded.pop(name) - array).reshape(-1, 32).max(axis=1)
-            if array.ndim == 2 and name != "position_embd.weight":    # half of a 127th, at most
-                self.assertTrue((0 < errors).all())
-                errors -= np.abs(array).reshape(-1, 32).max(axis=1) / 200
-            self.assertLessEqual(errors.max(), 0)
+            error = np.abs(rounded.pop(name) - array).max()
+            self.assertEqual(error > 0, array.ndim == 2 and "position" not in name)
+            self.assertLessEqual(error, np.abs(array).max() / 200)   # half of a 127th, at most
         self.assertEqual((tensors, rounded), ({}, {}))
         self.assertEqual((keys["gpt2.block_count"], len(keys["tokenizer.ggml.tokens"]),
                           keys["tokenizer.ggml.eos_token_id"]), (L, V, 256))
@@ -1829,90 +1567,57 @@ class TestClassifier(InFolder):
 
 
 class TestClassifierRun(InFolder):
-    def test_killed_and_resumed_it_ends_with_the_same_weights(self):
-        run = CLASSIFY + "--train lora --epochs 99 --max-steps 150 --eval-every 11 --grad-accum 2 "
-        process = subprocess.Popen([sys.executable, *shlex.split(f"{ROOT}/{run}")],
-                                   stdout=subprocess.DEVNULL)
-        while not Path("run-resume.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.kill()                                           # SIGKILL: no chance to clean up
-        process.wait()
-        self.assertIn("resumed", self.ok(run + "--resume"))
-        resumed, log = weights("run.pt"), Path("run.csv").read_bytes()
-        self.ok(run)
-        self.assertTrue(torch.equal(resumed, weights("run.pt")))
-        self.assertEqual(Path("run.csv").read_bytes(), log)
-
     def test_own_splits_train_on_all_of_data_and_test_on_the_rest(self):
         self.write("val.tsv", "ham\tmeet me\nham\tmeet\nspam\tWIN cash\n")
         self.write("test.csv", "label,text\n" + "spam,WIN NOW\n" * 3)
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            model, tokenizer = clf.main(shlex.split(
-                CLASSIFY + "--val-data val.tsv --test-data test.csv")[1:])
-        self.assertIn("80 to train, 3 to validate, 3 to test", out.getvalue())
-        self.assertIn("of 3 texts are right", out.getvalue())
-        returned = torch.cat([t.flatten() for t in model.state_dict().values()])
-        self.assertTrue(torch.equal(returned, weights("run.pt")))
-        self.assertEqual(tokenizer.name, "bytes")
+        out = self.ok(CLASSIFY + "--val-data val.tsv --test-data test.csv")
+        self.assertIn("80 to train, 3 to validate, 3 to test", out)
+        self.assertIn("of 3 texts are right", out)
 
 
 class TestClassifierRefusals(InFolder):
     def test_what_people_mistype_or_lack(self):
         for name, content in {
-                "blank.tsv": "ham\t \n\t\n", "one.tsv": labelled_lines(("ham",)),
-                "my.csv": labelled_lines(),
-                "mixed.csv": "label;text\nham;Hi; you\n", "quote.csv": 'label,text\nham,"Hello\n',
-                "prose.txt": "No table\n" * 9, "eggs.tsv": "eggs\ta\neggs\tb\n"}.items():
+                "one.tsv": labelled_lines(("ham",)), "my.csv": labelled_lines(),
+                "mixed.csv": "label;text\nham;Hi; you\n", "quote.csv": 'a,b\nham,"Hello\n'}.items():
             self.write(name, content)
         for command, words in {
-                CLASSIFY + "--data blank.tsv": "no texts",
                 CLASSIFY + "--data one.tsv": "40 texts of 'ham'; give at least two classes",
-                CLASSIFY + "--data prose.txt": "line 1: 1 columns, expected 2",
                 CLASSIFY + "--data mixed.csv": "line 2: 3 columns, expected 2 (divided by ';'",
                 CLASSIFY + "--data quote.csv": "quote.csv, line 2",
                 CLASSIFY + "--label-column stars": "no two columns stars and text",
-                CLASSIFY + "--text-column 1": "no two columns label and 1",
-                CLASSIFY + "--val-data eggs.tsv --test-data data.tsv": "0 texts of 'eggs'",
                 CLASSIFY + "--data my.csv --out my.pt": "my.csv is read by this command",
                 "finetune_classifier.py": "python pretrain.py",
                 "finetune_classifier.py --classify x": "python finetune_classifier.py",
                 "finetune_classifier.py --checkpoint tiny.pt --classify x": "language model",
         }.items():
-            with self.subTest(command=command):
+            with self.subTest(command):
                 status, out, err = call(command)
                 self.assertIn(words, " ".join(err.split()), out)
                 self.assertEqual((status, "Traceback" in err), (1, False), err)
-                self.assertLess(max(map(len, err.splitlines())), 80)
         self.assertFalse(Path("run.pt").exists())
-        for flags in ("--train some", "--classify ''", "--text-column ''", "--val-data data.tsv"):
+        for flags in ("--train some", "--classify ''", "--val-data data.tsv"):
             self.assertEqual(call(CLASSIFY + flags)[0], 2, flags)
 
     def test_wrong_arguments_in_python_are_a_value_error_that_says_why(self):
         frame = iter(["Label", "Text"])                # what a loop over pandas' DataFrame yields
-        pairs = [("ham", "see you"), ("spam", "WIN cash"), ("ham", "later")]
-        swapped = [(text, label) for label, text in pairs]
-        model = tiny_model()
-        clf.replace_head(model, 3)
+        swapped = [("see you", "ham"), ("WIN cash", "spam"), ("later", "ham")]
+        clf.replace_head(model := tiny_model(), 3)
         for words, function, *args in [
                 ("train must be", clf.freeze, model, "last_block"),
                 ("DataFrame", clf.create_balanced_dataset, frame),
                 ("a list of", clf.create_balanced_dataset, swapped),
-                ("lacks {'eggs'}", clf.SpamDataset, [*pairs, ("eggs", "and ham")], BYTES),
-                ("is empty", clf.SpamDataset, [("ham", "")], BYTES),
+                ("lacks {'eggs'}", clf.SpamDataset, [("ham", "hi"), ("eggs", "and ham")], BYTES),
                 ("is empty", clf.classify_texts, ["a", ""], model, BYTES, "cpu"),
                 ("3 classes", clf.classify_review, "see you", model, BYTES, "cpu")]:
-            with self.subTest(words=words), self.assertRaisesRegex(ValueError, words):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 function(*args)
 
-
-# ---------------------------------------------------------------------------------------------
-# finetune_instruct.py
 
 ANN = {"history": [["I am Ann.", "Hello!"]], "instruction": "Who am I?", "output": "Ann."}
 ANN_ROW = [*b"<|user|>\nI am Ann.\n<|assistant|>\nHello!", 256,
            *b"<|user|>\nWho am I?\n<|assistant|>\nAnn."]     # the agreed form, byte by byte
 LAST_TURN = ANN_ROW[ANN_ROW.index(256) + 1:]
-
 
 FACTS = {  # what can be told, how, the answer to it; what is asked later, and its answer
     "name": ("Tim Lily Tom Mia Ben Sue Max Anna Sam Lucy Jack Ella Leo Zoe Bob Amy Jim Kate",
@@ -1955,14 +1660,18 @@ class TestInstructions(InFolder):
                                             [8, 9, 50256, -100, -100]])
         _, targets = instruct.custom_collate_fn([[1, 9, 9, 2], [3]], pad_token_id=9)
         self.assertEqual(targets.tolist(), [[9, 9, 2, 9], [9, -100, -100, -100]])  # no padding
+        inputs, _ = instruct.custom_collate_fn([[1, 9, 9, 2], [3]], 9, allowed_max_length=3)
+        self.assertEqual(inputs.tolist(), [[1, 9, 9], [3, 9, 9]])
 
-    def test_targets_are_the_answers_and_their_ends(self):
+    def test_targets_are_the_answers_and_their_ends_and_a_mark_in_a_text_is_text(self):
         for mask, expected in ((True, [*b"Hello!", 256, *b"Ann.", 256]),
                                (False, [*ANN_ROW[1:], 256])):
             inputs, targets = collate([set_of(ANN, mask_prompt=mask)[0]])
             self.assertEqual(inputs[0].tolist(), ANN_ROW)
             self.assertEqual([i for i in targets[0].tolist() if i != -100], expected)
             self.assertEqual(targets[0, -5:].tolist(), [*b"Ann.", 256])
+        row, _ = set_of({"instruction": "<|endoftext|>?", "output": "<|endoftext|>"})[0]
+        self.assertEqual(bytes(row), b"<|user|>\n<|endoftext|>?\n<|assistant|>\n<|endoftext|>")
 
     @needs("instruction-data.json", "tiktoken")
     def test_the_book_s_records_are_its_text_and_split_and_encode_as_there(self):
@@ -1985,7 +1694,6 @@ class TestInstructions(InFolder):
                   for name, text in (("human", "p"), ("gpt", "o"), ("human", "q"), ("gpt", "a"))]
         history = [["p", "o"]]
         for record, expected in [
-                ({"instruction": "q", "input": "i", "output": "a"}, ("q", "i", "a", [])),
                 ({"instruction": "q", "input": None, "output": "a", "x": 1}, ("q", "", "a", [])),
                 ({"instruction": "q", "output": "a", "history": history}, ("q", "", "a", history)),
                 ({"instruction": "q", "context": "i", "response": "a"}, ("q", "i", "a", [])),
@@ -1999,29 +1707,20 @@ class TestInstructions(InFolder):
                 self.write("r.json", content)
                 read = json.loads(json.dumps(instruct.read_records("r.json")))  # tuples to lists
                 self.assertEqual(read, [expected] * 2)
+        write_conversations("told.jsonl", number=20)
+        written = map(json.loads, Path("told.jsonl").read_text(encoding="utf-8").splitlines())
+        self.assertEqual(instruct.read_records("told.jsonl"), [{"input": "", **r} for r in written])
 
     def test_what_is_no_record_is_named_with_its_names(self):
-        good = '{"instruction": "a", "output": "b"'
+        good = '{"instruction": "a", "output": "b"}'
         for content, words in [
-                ("hello", "JSON list"), ("[" * 200000, "JSON list"), ("[1]", "0 records"),
-                ('[{"instruction": "a",\n "output": }]', "line 2"),
-                (f'[{good}}}, {{"output": "b", "label": 1}}]', "1 records.*names are output, lab"),
-                ('[{"instruction": "a", "output": 5}]', "0 records"),
-                (good + ', "history": [["a"]]}', "0 records"),
-                (good + ', "history": [["a", 1]]}', "0 records"),
-                ('{"messages": [{"role": "user", "content": "a"}]}', "0 records"),
+                ("hello", "JSON list"), ('[{"instruction": "a", "output": 5}]', "0 records"),
+                (f'[{good}, {{"output": "b", "label": 1}}]', "1 records.*names are output, label"),
+                (good.replace("}", ', "history": [["a"]]}'), "0 records"),
                 ('{"messages": [{"role": "tool", "content": "a"}]}', "tool")]:
             self.write("r.json", content)
             with self.subTest(words), self.assertRaisesRegex(UserError, f"(?s)r.json.*{words}"):
                 instruct.read_records("r.json")
-
-    def test_a_mark_in_a_text_is_text_and_a_million_spaces_are_a_sentence(self):
-        mark = {"instruction": "What is <|endoftext|>?", "output": "<|endoftext|> ends."}
-        row, _ = set_of(mark)[0]
-        self.assertEqual(row, [*b"<|user|>\nWhat is <|endoftext|>?\n<|assistant|>\n"
-                               b"<|endoftext|> ends."])
-        with self.assertRaisesRegex(UserError, "shorten"):
-            set_of({"instruction": "a" + " " * 10**6, "output": ""})
 
     def test_what_is_too_long_loses_its_oldest_turns_then_the_end_of_its_answer(self):
         long = {**ANN, "history": [["x" * 99, "y"], *ANN["history"]]}
@@ -2036,15 +1735,14 @@ class TestInstructions(InFolder):
             instruct.encode_prompt(unanswered, BYTES, "phi3", len(ANN_ROW))
 
     def chat(self, *lines, context=256):
-        """The prompts that the model gets and what is printed when it always answers "Hello!"."""
+        """(status, prompts that the model gets, what is printed) when it always says "Hello!"."""
         prompts = []
 
         def answer(model, prompt, *args, **options):
             prompts.append(list(prompt))
-            for token in [*b"Hello!", 256]:
-                if bytes(prompt[-19:]) == b"stop\n<|assistant|>\n":
-                    raise KeyboardInterrupt
-                yield torch.tensor([token])
+            if "stop" in BYTES.decode(prompt):
+                raise KeyboardInterrupt
+            return map(torch.tensor, [[token] for token in [*b"Hello!", 256]])
 
         gpt.save_checkpoint("chat.pt", tiny_model(context_length=context), BYTES)
         with (mock.patch("builtins.input", side_effect=lines),
@@ -2071,18 +1769,21 @@ class TestInstructions(InFolder):
             instruct.generate_responses(model, BYTES, [entry], "phi3", 40)
         self.assertEqual(batch, alone)
 
-    def test_a_later_answer_uses_an_earlier_turn(self):
+    def test_the_book_s_call_teaches_an_answer_that_uses_an_earlier_turn(self):
         """A small model learns to say who spoke; without the earlier turn it cannot know."""
         names = ["".join(pair) for pair in itertools.product("abcdefghijklmnopqrst", repeat=2)]
         random.Random(0).shuffle(names)
         records = [{"history": [(f"I am {name}.", "Hi!")], "instruction": "Who am I?",
                     "output": name} for name in names[:280]]
+        data = set_of(*records[40:], mask_prompt=True)
         model = tiny_model(context_length=128, emb_dim=32, drop_rate=0.0)
-        loader = torch.utils.data.DataLoader(set_of(*records[40:], mask_prompt=True), 16,
-                                             shuffle=True, collate_fn=collate)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        quietly(instruct.train_model_simple, model, loader, loader, optimizer, "cpu", 10, 999, 1,
-                "a", BYTES)
+        loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, collate_fn=collate)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        _, val_losses, tokens_seen = quietly(
+            instruct.train_model_simple, model, loader, loader, optimizer, torch.device("cpu"),
+            num_epochs=10, eval_freq=100, eval_iter=1, start_context="Hi", tokenizer=BYTES)
+        self.assertEqual(tokens_seen, [steps * 16 * len(data[0][0]) for steps in (0, 100, 150)])
+        self.assertLess(val_losses[-1], val_losses[0] - 1)
         for cut_off, low, high in (({}, 0.8, 1), ({"history": []}, 0, 0.1)):
             entries = [{**entry, **cut_off} for entry in records[:40]]
             instruct.generate_responses(model, BYTES, entries, "phi3", 8)
@@ -2113,7 +1814,6 @@ class TestInstructions(InFolder):
             f"finetune_instruct.py --judge x --judge-url {serve(self, ollama)} --out run.pt"))
         entries = json.loads(Path("run-responses.json").read_text(encoding="utf-8"))
         self.assertEqual([e["judge"]["score"] for e in entries], [11, 40, None, None, 0])
-        self.assertEqual(questions[0]["options"], {"seed": 123, "temperature": 0, "num_ctx": 2048})
         self.assertIn("input `I am Ann.\nHello!\n", questions[0]["messages"][0]["content"])
         self.assertEqual(questions[1]["messages"][0]["content"],
                          f"Given the input `{instruct.format_input(RECORDS[0])}` and correct "
@@ -2144,113 +1844,58 @@ class TestInstructRun(InFolder):
                     actual = self.metrics()[name][name == "train_loss":][:3]
                     np.testing.assert_allclose(actual, torch.stack(expected).tolist(), atol=2e-3)
 
-    def test_the_book_s_call_of_chapter_7_works_as_it_stands(self):
-        """Only the tokenizer and the sizes are small ones."""
-        model, device = tiny_model(drop_rate=0.0), torch.device("cpu")
-        train_loader, val_loader = (torch.utils.data.DataLoader(
-            instruct.InstructionDataset(RECORDS[:24], BYTES), batch_size=8, shuffle=True,
-            collate_fn=lambda batch: instruct.custom_collate_fn(batch, 256, device=device,
-                                                                allowed_max_length=64),
-            drop_last=True, num_workers=0) for _ in range(2))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-        train_losses, val_losses, tokens_seen = quietly(
-            instruct.train_model_simple, model, train_loader, val_loader, optimizer, device,
-            num_epochs=4, eval_freq=5, eval_iter=5,
-            start_context=instruct.format_input(RECORDS[24]), tokenizer=BYTES)
-        self.assertEqual(tokens_seen, [0, 5 * 8 * 64, 10 * 8 * 64, 12 * 8 * 64])
-        self.assertLess(val_losses[-1], val_losses[0] - 1)
-        self.assertEqual(len(train_losses), 4)
-
-    def test_interrupted_at_any_step_and_resumed_or_prolonged_it_ends_with_the_same_weights(self):
-        gpt.save_checkpoint("tiny.pt", tiny_model(0.3, drop_rate=0.2), BYTES)
-        run = INSTRUCT + "--no-responses --batch-size 4 --grad-accum 2 --eval-every 3 --epochs "
-        self.ok(run + "3")
-        expected, log, done = weights("run.pt"), Path("run.csv").read_bytes(), gpt.Run.done
-        for stop_at in (2, 5, 12):
-            with mock.patch.object(gpt.Run, "done", lambda run, *args: done(run, *args)
-                                   if run.step + 1 < stop_at else os.kill(os.getpid(), 2)):
-                self.assertEqual(call(run + "3")[0], 130)
-            self.ok(run + "3 --resume")
-            self.assertTrue(torch.equal(weights("run.pt"), expected), stop_at)
-            self.assertEqual(Path("run.csv").read_bytes(), log)
-        self.ok(run + "2 --max-steps 6")
-        self.ok(run + "3 --resume")
-        self.assertTrue(torch.equal(weights("run.pt"), expected))
-
     def test_a_run_answers_scores_and_is_asked(self):
         long = [{"instruction": "x" * 60, "output": "y"}, {"instruction": "x", "output": "y" * 60}]
         self.write("records.json", json.dumps([*RECORDS, *long]))
-        out = self.ok(INSTRUCT + "--epochs 3 --train lora")
-        self.assertLess(max(map(len, out.split("\n"))), 80)
-        self.assertIn("1 lose their oldest turns or the end of the answer, 1 are left out",
-                      " ".join(out.split()))
+        self.write("test.json", json.dumps(RECORDS[:3]))
+        run = INSTRUCT + "--train lora --val-data records.json --test-data test.json"
+        out = " ".join(self.ok(run).split())
+        self.assertIn("31 to train, 31 to validate, 3 to test", out)
+        self.assertIn("2 lose their oldest turns or the end of the answer, 2 are left out", out)
+        self.assertEqual(gpt.load_checkpoint("run.pt")[2]["prompt_style"], "phi3")
         entries = json.loads(Path("run-responses.json").read_text(encoding="utf-8"))
-        self.assertEqual([e["output"] for e in entries], [r["output"] for r in RECORDS[27:30]])
-        self.assertIn(f"token f1 {sum(e['token_f1'] for e in entries) / 3:.3f}",
-                      " ".join(out.split()))
-        for entry in entries:
+        self.assertIn(f"token f1 {sum(e['token_f1'] for e in entries) / 3:.3f}", out)
+        for entry, record in zip(entries, RECORDS[:3]):
             answer = self.ok("finetune_instruct.py --checkpoint run.pt --dtype float32 "
                              "--max-new-tokens 8 --ask '{instruction}' --input '{input}'"
-                             .format(**entry))
+                             .format(**record))
             self.assertEqual(answer.strip(), entry["model_response"])
 
-    def test_the_style_follows_flag_checkpoint_and_context_and_splits_may_be_files(self):
-        self.write("val.json", json.dumps([ANN]))
-        files = "--data records.json --val-data val.json --test-data val.json --init tiny.pt "
-        model, tokenizer = quietly(instruct.main, (
-            files + "--max-steps 1 --max-new-tokens 1 --out run.pt").split())
-        self.assertEqual((model.training, tokenizer.n_vocab), (False, 257))
-        saved = gpt.load_checkpoint("run.pt")[2]
-        self.assertEqual((saved["prompt_style"], saved["prompt_texts"]),
-                         ("phi3", instruct.PROMPT_STYLES["phi3"]))
-        entry, = json.loads(Path("run-responses.json").read_text(encoding="utf-8"))
-        self.assertEqual(entry["instruction"], ANN["instruction"])
-        for given, saved, context, style in ((None, {}, 1024, "alpaca"), (None, {}, 256, "phi3"),
-                                             ("alpaca", {}, 256, "alpaca"),
-                                             (None, {"prompt_style": "phi3"}, 1024, "phi3")):
+    def test_the_style_follows_flag_checkpoint_and_context(self):
+        for given, saved, context, style in (
+                (None, {}, 1024, "alpaca"), (None, {}, 256, "phi3"),
+                ("alpaca", {}, 256, "alpaca"), (None, {"prompt_style": "phi3"}, 1024, "phi3")):
             self.assertEqual(instruct.pick_style(given, saved, context), style)
 
 
 class TestInstructRefusals(InFolder):
-    def check(self, status, cases, run="finetune_instruct.py "):
-        """Each command ends with this status and these words, and changes no file."""
-        def files():
-            return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-
+    def test_what_people_mistype_or_lack_is_a_sentence_and_changes_no_file(self):
+        for name, content in {
+                "one.json": '[{"instruction": "a", "output": "b"}]', "mine-responses.json": "[]",
+                "good-responses.json": json.dumps([{**RECORDS[0], "model_response": "A"}])}.items():
+            self.write(name, content)
+        url = serve(self, lambda request: send(request, b'{"message": {"content": ["x"]}}'))
+        files = lambda: {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
         before = files()
-        for flags, words in cases.items():
-            with self.subTest(flags):
-                actual, _, err = call(run + flags)
-                self.assertEqual(actual, status, err)
+        for command, words in {
+                INSTRUCT + "--data none.json": "none.json",
+                INSTRUCT + "--data text.txt": "JSON list",
+                INSTRUCT + "--data one.json": "one record to train",
+                INSTRUCT + "--out ./tiny.pt": "tiny.pt is read by this",
+                INSTRUCT + "--out mine.pt": "mine-responses.json is not of this project",
+                "finetune_instruct.py": "python pretrain.py",
+                "finetune_instruct.py --chat": "make one with: python finetune_instruct.py",
+                f"finetune_instruct.py --checkpoint tiny.pt --ask {'x' * 99}": "shorter",
+                "finetune_instruct.py --judge x": "make it anew with: python finetune_instruct.py",
+                f"finetune_instruct.py --judge x --judge-url {url} --out good.pt": "ollama pull x",
+        }.items():
+            with self.subTest(command):
+                status, _, err = call(command)
+                self.assertEqual(status, 1, err)
                 self.assertIn(words, " ".join(err.split()))
         self.assertEqual(files(), before)
-
-    def test_what_people_mistype_or_lack(self):
-        self.write("one.json", '[{"instruction": "a", "output": "b"}]')
-        self.write("mine-responses.json", "[]")
-        self.check(1, {
-            "--data none.json": "none.json", "--data text.txt": "JSON list",
-            "--data one.json": "one record to train", "--out ./tiny.pt": "tiny.pt is read by this",
-            "--val-data text.txt --test-data one.json": "text.txt must be",
-            "--out mine.pt": "mine-responses.json is not of this project"}, INSTRUCT)
-        self.check(1, {
-            "": "python pretrain.py", "--judge x": "make it anew with: python finetune_instruct.py",
-            "--chat": "make one with: python finetune_instruct.py",
-            f"--checkpoint tiny.pt --ask {'x' * 99}": "shorter"})
-        self.check(2, {flags: "see " for flags in (
-            "--test-data x", "--chat --ask x", "--judge ''", "--ask ''", "--data ''",
-            "--lora-rank 0", "--max-new-tokens 0", "--temperature -1", "--prompt-style x")})
-
-    def test_an_edited_file_of_responses_or_a_judge_s_odd_answer_is_a_sentence(self):
-        good = {**RECORDS[0], "model_response": "A"}
-        for content in ("", "[1]", "5", json.dumps([RECORDS[0]]),
-                        json.dumps([{**good, "history": [5]}])):
-            self.write("run-responses.json", content)
-            self.check(1, {"--judge x --out run.pt": "run-responses.json cannot be used"})
-        self.write("run-responses.json", json.dumps([good]))
-        for reply in (b"5", b"<html>", b'{"error": "busy"}', b'{"message": {"content": ["x"]}}'):
-            url = serve(self, lambda request: send(request, reply))
-            self.check(1, {f"--judge x --judge-url {url} --out run.pt": "ollama pull x"})
+        for flags in ("--test-data x", "--chat --ask x", "--lora-rank 0", "--temperature -1"):
+            self.assertEqual(call(f"finetune_instruct.py {flags}")[0], 2, flags)
 
 
 if __name__ == "__main__":
