@@ -726,7 +726,7 @@ def speed_up_single_rows(model):
 
 
 def keep_freed_memory(largest):
-    """Keep freed memory, in blocks of up to `largest` bytes: at 124M, steps are 1.3 times as fast."""
+    """Keep freed memory, in blocks of up to `largest` bytes: 124M trains 1.3 times as fast."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc (Linux) can do it
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, largest) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older ones take 32 MB

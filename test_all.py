@@ -1149,6 +1149,9 @@ class TestRepository(InFolder):
             self.assertLessEqual(len(longest), 80, f"{command}: {longest}")
 
 
+# ---------------------------------------------------------------------------------------------
+# load_gpt2.py
+
 V, T, C, H, L = 400, 16, 32, 2, 11  # 11 blocks: h10 comes before h2 in sorted order
 HUB_FILE = Path("hub/model.safetensors")
 BLOCK = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
@@ -1613,6 +1616,9 @@ class TestClassifierRefusals(InFolder):
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 function(*args)
 
+
+# ---------------------------------------------------------------------------------------------
+# finetune_instruct.py
 
 ANN = {"history": [["I am Ann.", "Hello!"]], "instruction": "Who am I?", "output": "Ann."}
 ANN_ROW = [*b"<|user|>\nI am Ann.\n<|assistant|>\nHello!", 256,
