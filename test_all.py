@@ -880,11 +880,11 @@ class TestPretraining(InFolder):
 
         with mock.patch.multiple(pretrain, calc_loss_batch=noted, evaluate_model=lambda *_: (0, 0),
                                  generate_and_print_sample=mock.Mock()):
-            quietly(pretrain.train_model_simple, model, itertools.islice(loader, 10), [], optimizer,
-                    "cpu", 1, 99, 0, "", None)
+            quietly(pretrain.train_model_simple, model, loader, [], optimizer, "cpu", 2, 99, 0,
+                    "", None)
         expected = [10.9837, 10.9965, 10.9899, 10.9854, 10.9826, 10.9601, 11.0129,
                     10.9683, 10.9233, 10.9072]
-        np.testing.assert_allclose(losses, expected, atol=1e-3)
+        np.testing.assert_allclose(losses[:10], expected, atol=1e-3)
 
     def test_the_simple_loop_learns_and_reports_every_evaluation(self):
         data, model = pretrain.GPTDatasetV1(TEXT, BYTES, 16, stride=16), tiny_model(drop_rate=0.0)
@@ -1069,7 +1069,7 @@ class TestRuns(InFolder):
         # the state again, and 4 is the best model.
         runs = [run + " --max-steps 4 --eval-every 2" for run in (
             "pretrain.py --init tiny.pt --data text.txt --dtype float32 --out run.pt",
-            CLASSIFY + "--train lora", INSTRUCT + "--train lora --no-responses")]
+            CLASSIFY + "--train lora", INSTRUCT + "--train lora --no-responses --batch-size 4 --grad-accum 2")]
         killed = subprocess.run([sys.executable, "-c", KILLED, *runs], capture_output=True,
                                 env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=100)
         self.assertEqual(killed.returncode, 0, killed.stderr[-2000:])
@@ -1085,6 +1085,7 @@ class TestRuns(InFolder):
 
 class TestOffline(InFolder):
     def test_without_a_network_the_error_names_the_addresses_and_the_place_for_the_file(self):
+        gpt.named_tokenizer.cache_clear()
         for command, place, *addresses in [
                 ("tokenizer.py encode hi", "data/vocab.bpe", *gpt.VOCAB_BPE_URLS),
                 ("tokenizer.py train --stories", "data/TinyStories-valid.txt", *gpt.STORIES_URLS),
