@@ -1069,7 +1069,8 @@ class TestRuns(InFolder):
         # the state again, and 4 is the best model.
         runs = [run + " --max-steps 4 --eval-every 2" for run in (
             "pretrain.py --init tiny.pt --data text.txt --dtype float32 --out run.pt",
-            CLASSIFY + "--train lora", INSTRUCT + "--train lora --no-responses --batch-size 4 --grad-accum 2")]
+            CLASSIFY + "--train lora",
+            INSTRUCT + "--train lora --no-responses --batch-size 4 --grad-accum 2")]
         killed = subprocess.run([sys.executable, "-c", KILLED, *runs], capture_output=True,
                                 env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=100)
         self.assertEqual(killed.returncode, 0, killed.stderr[-2000:])
