@@ -1191,6 +1191,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
+        """Print the sentence and leave."""
         self.exit(2, wrap(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
 
 

@@ -343,9 +343,7 @@ def train_model(run, train_rows, val_rows, device, dtype):
         for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-
-        # Both numbers are this process's share; `done` adds the shares up.
-        run.done(step_loss / world, inputs.numel() * args.grad_accum)
+        run.done(step_loss / world, inputs.numel() * args.grad_accum)  # shares, which it adds up
 
 
 @torch.no_grad()
