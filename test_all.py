@@ -300,6 +300,19 @@ class TestGeneration(unittest.TestCase):
 # gpt.py: what the scripts share
 
 class TestCheckpoint(InFolder):
+    def test_numbers_of_numpy_as_class_names_load_again(self):
+        model = tiny_model()
+        clf.replace_head(model, 2)
+        gpt.save_checkpoint("c.pt", model, BYTES, class_names=list(np.array([3, 5])))
+        self.assertEqual(gpt.load_checkpoint("c.pt", kind="classifier")[2]["class_names"],
+                         ["3", "5"])
+
+    def test_a_user_s_own_spin_count_wins(self):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "77"}
+        code = "import gpt, os; print(os.environ['GOMP_SPINCOUNT'])"
+        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        self.assertEqual(out.stdout, "77\n", out.stderr)
+
     def test_model_tokenizer_and_extras_come_back(self):
         ranks = {**{bytes([i]): i for i in range(256)}, b"th": 256, b"the": 257}
         tokenizer = gpt.make_tokenizer("mine", ranks, r"\S+|\s+")
