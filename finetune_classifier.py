@@ -207,8 +207,10 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
                             eval_freq, eval_iter, run=None, dtype=torch.float32, seed=123, accum=1):
     """The training loop. Book section 6.7.
 
-    `run` (gpt.py) is the run's notebook: `due` says whether it is time to measure, `report` prints
-    and saves what was measured, and the model if it is the best so far, `done` counts the step.
+    `run` (gpt.py) is the run's notebook. `due` says whether it is time to measure. `report` prints
+    and saves what was measured, and the model if it is the best so far. `done` counts a step and
+    notes its loss; the mean of the noted losses is the `train_loss` of the next report. `run.rows`
+    holds the reports.
 
     Every `eval_freq` steps the model is measured on `eval_iter` batches (None: all). Returns lists
     of training losses (means over the steps before), validation losses, training accuracies and
@@ -300,11 +302,11 @@ def report(class_names, labels, predicted, commonest):
         f"(95 % interval {centre - half:.1%} to {centre + half:.1%})")
 
     # The baseline takes no model: it always answers `commonest`, the class of most training texts.
-    # Where it is not below the interval, the test does not show that the model learned.
+    # Only if it is below the interval does the test show that the model learned.
     baseline = table[commonest].sum().item() / total
     say("baseline", f"{baseline:.1%} for always answering {class_names[commonest]!r}")
 
-    # Precision: of what was called spam, how much is; recall: of the spam, how much was found.
+    # Precision: the share of spam in what was called spam. Recall: the share of the spam found.
     print("\ntrue class        texts  precision  recall  predicted as")
     for i, label in enumerate(class_names):
         texts, called, found = table[i].sum(), table[:, i].sum(), table[i, i]

@@ -8,7 +8,7 @@
 
 Reads a checkpoint and questions with their answers. Writes checkpoints/instruct.pt (the model with
 the lowest validation loss), instruct.csv (the metrics) and instruct-responses.json (answers to the
-test records, with scores). Shapes as in gpt.py: B rows, T tokens, C channels, V vocabulary.
+test records, with scores). Shapes as in gpt.py: B rows, T tokens, C embedding width, V vocabulary.
 """
 
 import argparse
@@ -148,7 +148,8 @@ class InstructionDataset(Dataset):
             if set(learned[:max_length]) == {-100}:
                 continue  # the question alone fills the row
 
-            # A place's target is the next token: `max_length` places need one token more.
+            # A place's target is the next token: `max_length` places need one token more. The last
+            # token is only a target, so `ids[:-1]`.
             targets = learned if mask_prompt else ids
             self.data.append(entry)
             self.items.append((ids[:-1][:max_length], targets[1:max_length + 1]))
@@ -192,7 +193,7 @@ def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_
 
 class LikeLengths:
     """Batches of row numbers for a DataLoader, in a new random order each time. Rows of like length
-    stand together: that saves a seventh of the work, most of it padding."""
+    stand together, with little padding: that saves a seventh of the work."""
 
     def __init__(self, dataset, batch_size):
         self.lengths, self.batch_size = [len(inputs) for inputs, _ in dataset], batch_size
@@ -201,7 +202,7 @@ class LikeLengths:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self):
-        # Shuffle, then sort what would be eight batches by length, and shuffle the batches.
+        # Shuffle. In pieces of eight batches, sort the rows by length. Shuffle the batches.
         order = []
         for rows in torch.randperm(len(self.lengths)).split(8 * self.batch_size):
             order += sorted(rows.tolist(), key=self.lengths.__getitem__)
@@ -240,10 +241,8 @@ def calc_loss_loader(data_loader, model, device, num_batches=None, dtype=torch.f
 
 
 # ---------------------------------------------------------------------------------------------
-# The loop (sections 5.2 and 7.6). `run` (gpt.py) is the run's notebook: `due` says whether it is
-# time to measure, `report` prints and saves what was measured, and the model if it is the best so
-# far, `done` counts the step. `autocast` lets matrix products run in bfloat16 where that is faster:
-# a number type with the range of float32 in half the bytes, and with only three digits.
+# The loop (sections 5.2 and 7.6). `autocast` lets matrix products run in bfloat16 where that is
+# faster: a number type with the range of float32 in half the bytes, and with only three digits.
 #
 # All weights learn, unless --train lora adds LoRA corrections to the linear layers and freezes the
 # rest: class LoRALayer in gpt.py explains them.
@@ -255,11 +254,16 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
 
     The model is measured before training and then every `eval_freq` steps, on `eval_iter` batches
     of the validation data (None: all). A training loss is the mean over the steps before, so the
-    first is None. A step takes `grad_accum` batches. Without a `run` nothing is written.
+    first is None. A step takes `grad_accum` batches.
+
+    `run` (gpt.py) is the run's notebook. `due` says whether it is time to measure. `report` prints
+    and saves what was measured, and the model if it is the best so far. `done` counts a step and
+    notes its loss; the mean of the noted losses is the `train_loss` of the next report. `run.rows`
+    holds the reports. Without a `run` nothing is written.
     """
     steps_per_epoch = math.ceil(len(train_loader) / grad_accum)
     run = run or Run(num_epochs * steps_per_epoch)
-    batches, tokens_seen, first_row = None, [], len(run.rows)
+    batches, tokens_seen = None, []
     while True:
         # Measure when it is due, and let the model answer a question.
         if run.due(eval_freq):
@@ -273,7 +277,8 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
             break
 
         # The batches of this step, the k-th of its epoch. The loader shuffles anew in each epoch,
-        # from a seed that is the epoch's. A resumed run skips the batches that it has seen.
+        # from the epoch's seed (-1 sets it apart from a step's, below). A resumed run skips the
+        # batches that it has seen.
         epoch, k = divmod(run.step, steps_per_epoch)
         if batches is None or k == 0:
             torch.manual_seed(hash((seed, -1, epoch)))
@@ -297,7 +302,7 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
         optimizer.zero_grad()
         run.done(step_loss, sum(inputs.numel() for inputs, _ in step_batches))
 
-    rows = run.rows[first_row:]
+    rows = run.rows[len(run.rows) - len(tokens_seen):]  # a resumed run has earlier ones, too
     return [row["train_loss"] for row in rows], [row["val_loss"] for row in rows], tokens_seen
 
 
@@ -307,9 +312,9 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
 
 def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens=256,
                        batch_size=32):
-    """Give each entry a `model_response`, as if it were asked alone. Section 7.7. UserError.
+    """Give each entry a `model_response`, as if it were asked alone. Section 7.7.
 
-    Always the likeliest token is taken, up to the end of text or the end of the context.
+    The likeliest token is always taken, up to the end of text or of the context. Raises UserError.
     """
     context, end = model.cfg["context_length"], tokenizer.eot_token
 
@@ -402,7 +407,7 @@ def generate_model_scores(json_data, json_key, model="llama3", url=OLLAMA, save=
     """
     for i, entry in enumerate(json_data, 1):
         if entry.get("judge", {}).get("model") != model:
-            # Earlier turns first, then the book's own prompt: its scores can be compared.
+            # Earlier turns, then the book's prompt: the scores can be compared with the book's.
             before = "".join(f"{q}\n{a}\n\n" for q, a in entry.get("history", []))
             prompt = (f"Given the input `{before}{format_input(entry)}` and correct output "
                       f"`{entry['output']}`, score the model response `{entry[json_key]}` on a "
@@ -424,7 +429,7 @@ def generate_model_scores(json_data, json_key, model="llama3", url=OLLAMA, save=
 # before, so the model sees it in the form that it was trained on.
 
 def print_answer(model, tokenizer, entry, args):
-    """Print the answer to a record's last question while it is made; return it. UserError."""
+    """Print the answer to the last question as it is made; return it. Raises UserError."""
     context = model.cfg["context_length"]
     prompt = encode_prompt(entry, tokenizer, args.prompt_style, context)
     stream = generate_stream(model, prompt, min(args.max_new_tokens, context - len(prompt)),
@@ -450,7 +455,7 @@ def chat(model, tokenizer, args):
                 print()
             except UserError as e:
                 say("", str(e))
-        text = input("> ").strip()
+        text = input("> ").strip()  # Ctrl-D and Ctrl-C leave from here
 
 
 # ---------------------------------------------------------------------------------------------

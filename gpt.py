@@ -18,8 +18,8 @@ import signal
 
 # Two settings before torch is loaded; the lesson begins at GPT_CONFIG_124M.
 #
-# A thread of torch that waits for another keeps its core busy, for so many rounds. With more, other
-# programs on the machine would stop training nearly altogether.
+# A thread of torch that waits for another keeps its core busy, for so many rounds. With more, any
+# other program on the machine would slow training almost to a halt.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 with contextlib.suppress(ValueError):  # Ctrl-C while torch loads: no traceback
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -254,8 +254,8 @@ class GELU(nn.Module):
     """A soft switch: large numbers pass, very negative ones become 0 (Hendrycks & Gimpel 2016).
 
     Two linear layers in a row can do no more than one: something that is not linear has to stand
-    between them. The older ReLU cuts off at 0, and what it cuts gets no gradient; GELU bends around
-    0. Section 4.3.
+    between them. The older ReLU cuts off at 0, and what it cuts gets no gradient; GELU is a smooth
+    curve there. Section 4.3.
 
         x       -2       -0.5     0      0.5     2
         ReLU     0        0       0      0.5     2
@@ -338,8 +338,8 @@ class GPTModel(nn.Module):
         if total > context:
             raise ValueError(f"{total} tokens do not fit the model's context of {context}")
 
-        # Only in generation there is a cache. Each block then gets a function, the `remember` of
-        # its attention, that keeps its keys and values.
+        # Skip `cache` at first: only generation has one (`KVCache`, below). Each block then gets a
+        # function, the `remember` of its attention, that keeps its keys and values.
         positions = cache.begin(T) if cache else torch.arange(T, device=in_idx.device)
 
         # What the token is, plus where it stands.
@@ -355,7 +355,7 @@ class GPTModel(nn.Module):
         """As torch's, but passes over `att.mask`, which weights saved by the book's code have."""
         state_dict = {name: t for name, t in state_dict.items() if not name.endswith("att.mask")}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self.tie_weights()
+        self.tie_weights()  # assign=True has put in two matrices: make them one again
         return result
 
 
@@ -394,7 +394,7 @@ def walk():
             (model.out_head, "out_head: logits, a score per next token, (B, T, V)")]:
         module.register_forward_hook(
             lambda _, __, out, note=note: print(f"  {str(tuple(out.shape)):14s} {note}"))
-    model(torch.tensor([[6109, 3626, 6100, 345]], device="meta"))
+    model(torch.tensor([[6109, 3626, 6100, 345]], device="meta"))  # meta: shapes, no numbers
     print("\nThe last row of logits chooses the fifth token; append it and repeat: that is\n"
           "generation.\n\nNext: `python pretrain.py` trains a small GPT here, in about a minute.")
 
@@ -440,7 +440,8 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
         logits = logits.masked_fill(logits < kth_best, -torch.inf)
     probs = torch.softmax(logits, dim=-1)
 
-    # A token stays if those before it have not reached p, so the likeliest always stays.
+    # Sort, the likeliest first. A token stays if those before it have not reached p, so the first
+    # always stays. `scatter` puts each probability back in its token's place.
     if top_p is not None:
         sorted_probs, order = probs.sort(dim=-1, descending=True)
         sorted_probs[sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p] = 0.0
@@ -505,6 +506,7 @@ class KVCache:
 def generate_stream(model, idx, max_new_tokens, context_size=None, temperature=0.0, top_k=None,
                     eos_id=None, top_p=None, padding=None, seed=None):
     """Yield each row's next token, (B,), step by step. The arguments are those of `generate`."""
+    # Tensors: idx (B, T), and padding (B,), zeros if there is none.
     idx, padding, context_size = check_prompt(model, idx, padding, context_size, temperature,
                                               top_k, top_p)
     B, T = idx.shape
@@ -513,14 +515,14 @@ def generate_stream(model, idx, max_new_tokens, context_size=None, temperature=0
     cache = None
     was_training = model.training
     model.eval()  # without dropout
-    speed_up_single_rows(model)
+    speed_up_single_rows(model)  # the same results; only some processors gain by it
     try:
         for length in range(T, T + max_new_tokens):
             # Read the prompts, later only the newest token. When the text is longer than the
             # context, the window slides, and all positions change: read the whole window anew.
             idx_new = idx[:, -1:]
             if cache is None or length > context_size:
-                first = max(0, length - context_size)
+                first = max(0, length - context_size)  # padding to the left of it is gone
                 cache = KVCache(model, B, min(context_size, T + max_new_tokens),
                                 (padding - first).clamp(min=0))
                 idx_new = idx[:, first:]
@@ -551,8 +553,9 @@ def generate(model, idx, max_new_tokens, context_size=None, temperature=0.0, top
     Temperature 0 gives the tokens of `generate_text_simple`; `next_token_probs` explains the other
     choices, and a `seed` makes them repeatable. `context_size` is the model's own unless given.
     A row that produced `eos_id` (the end of text) is filled with it; when all have, generation
-    ends. `idx` may be a list: one row. Shorter prompts are padded at the left, with any token, and
-    `padding` (B,) counts it. Raises ValueError for an empty prompt or an option out of range.
+    ends. `idx` may be a list, of one row or of rows. Shorter prompts are padded at the left, with
+    any token; `padding` (B,), a list or a tensor, counts these tokens in each row. Raises
+    ValueError for an empty prompt or an option out of range.
     """
     new = list(generate_stream(model, idx, max_new_tokens, context_size, temperature, top_k,
                                eos_id, top_p, padding, seed))
@@ -840,16 +843,10 @@ def ranks_to_text(ranks):
 
 
 def ranks_from_text(text):
-    """The way back -> {bytes: rank}. Raises ValueError."""
+    """The way back -> {bytes: rank}. ValueError unless ranks count up from 0 and bytes have one."""
     pairs = [line.split() for line in text.splitlines()]
-    return check_ranks([base64.b64decode(token, validate=True) for token, _ in pairs],
-                       [int(rank) for _, rank in pairs])
-
-
-def check_ranks(tokens, ranks):
-    """-> {bytes: rank}. Raises ValueError unless ranks count up from 0 and every byte has one."""
-    table = dict(zip(tokens, ranks))
-    if list(table.values()) != list(range(len(tokens))):
+    table = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    if list(table.values()) != list(range(len(pairs))):
         raise ValueError("its ranks do not count up from 0, or a token is there twice")
     if not all(bytes([byte]) in table for byte in range(256)):
         raise ValueError("a single byte has no rank")
@@ -1124,6 +1121,7 @@ def read_pieces(path, size=1 << 18):
         raise UserError(f"{path} is a table or JSON, and would be learned with its markup; give "
                         'plain text, or a .jsonl file with a {"text": ...} in each line')
     rest = ""
+    marks = re.compile(rf"(?<!\s)\s*(?:{re.escape(END_OF_TEXT)}\s*)+")  # with the space around them
     for number, block in enumerate(read_blocks(path, None if ending == ".jsonl" else size), 1):
         if ending == ".jsonl":
             try:
@@ -1131,7 +1129,7 @@ def read_pieces(path, size=1 << 18):
             except Exception as e:  # whatever is no object with a text
                 raise UserError(f'{path}, line {number}: expected {{"text": "..."}} '
                                 f"({type(e).__name__}: {e!s:.100})") from None
-        rest = without_space_at_marks(rest + block)
+        rest = marks.sub(END_OF_TEXT, rest + block)
 
         # The last white space behind a word, and what follows, wait for the next block; without
         # any, all is given but what may be the beginning of a mark.
@@ -1141,15 +1139,6 @@ def read_pieces(path, size=1 << 18):
         yield rest[:cut]
         rest = rest[cut:]
     yield rest
-
-
-def without_space_at_marks(text):
-    """Drop white space around each `<|endoftext|>`, and all but one of several in a row."""
-    first, *others = text.split(END_OF_TEXT)
-    if not others:
-        return text
-    middle = [document.strip() for document in others[:-1] if document.strip()]
-    return END_OF_TEXT.join([first.rstrip(), *middle, others[-1].lstrip()])
 
 
 def find_files(paths):

@@ -123,7 +123,7 @@ def make_model(weights, n_heads=None):
 def load_local(path, n_heads=None):
     """A file, or a folder in a published format -> a `GPTModel`, ready to use (eval mode).
 
-    A bad file raises anything. Example: model = load_local("data/gpt2/124M")
+    A bad file may raise any error. Example: model = load_local("data/gpt2/124M")
     """
     path = Path(path)
     if path.suffix not in (".pth", ".pt"):
@@ -140,10 +140,13 @@ def load_local(path, n_heads=None):
 
 
 def load_weights_into_gpt(gpt, params):
-    """Copy the tree `params` of `download_and_load_gpt2` into a `GPTModel`. Book section 5.5.
+    """Copy `params` into a `GPTModel`. Book section 5.5.
+
+    `params` is a tree, as `download_and_load_gpt2` (below the lesson) gives it: there the array
+    h0/attn/c_attn/w is params["blocks"][0]["attn"]["c_attn"]["w"].
 
     `out_head` shares `tok_emb`'s matrix from then on. Raises KeyError for a missing array and
-    RuntimeError for a model that does not fit. It takes qkv_bias True.
+    RuntimeError for a model that does not fit. The model needs qkv_bias True.
     """
     arrays = {"wte": params["wte"], "wpe": params["wpe"],
               "ln_f/g": params["g"], "ln_f/b": params["b"]}
@@ -165,7 +168,7 @@ def load_weights_into_gpt(gpt, params):
 # in JSON, then the numbers. https://github.com/huggingface/safetensors#format
 
 def read_safetensors(path):
-    """A file -> {the hub's name, without `transformer.`: array}. A bad file raises anything."""
+    """A file -> {the hub's name, without `transformer.`: array}. A bad file may raise any error."""
     dtypes = {"F32": "<f4", "F16": "<f2", "BF16": "<i2"}
     arrays = {}
     with open(path, "rb") as file:
@@ -204,7 +207,7 @@ def read_tensorflow(path, settings):
 def read_published(path):
     """A folder in either format, or a .safetensors file -> ({TensorFlow's name: array}, settings).
 
-    The settings are those of the .json file beside the weights. A bad file raises anything.
+    The settings are those of the .json file beside the weights. A bad file may raise any error.
     """
     if (path / TF_DATA).exists():
         settings = json.loads((path / "hparams.json").read_text(encoding="utf-8"))
@@ -274,7 +277,7 @@ def demonstrate(model, tokenizer, prompt, max_new_tokens):
 # ---------------------------------------------------------------------------------------------
 # Out to other software: the table of names read the other way.
 
-MARK = "written by load_gpt2.py"  # stands near the beginning of each exported file
+MARK = "written by load_gpt2.py"  # in each exported file; no file without it is overwritten
 
 # How a tokenizer.json says that text is split as GPT-2 does it, and nothing else done to it.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -297,6 +300,7 @@ def published_arrays(model, column):
 def vocabulary(tokenizer):
     """(tokens, pairs that merge), with a visible letter for each byte, as in GPT-2's files.
 
+    A byte may be a space or a part of a character; `BYTE_OF_LETTER` (gpt.py) has a letter for each.
     A tokenizer keeps each token with its rank, but not the two tokens of which it was made. So
     every way to cut a token into two known ones is listed.
     """
@@ -312,20 +316,22 @@ def vocabulary(tokenizer):
 
 
 def chat_template(texts):
-    """A finetuned model's `prompt_texts` -> a text in Jinja that tells how to write a conversation.
+    """A finetuned model's `prompt_texts` -> a template that tells how to write a conversation.
 
-    It gives what training shows: the text "instruction", a question, the text "output", the answer
-    and the end of text, for each turn. What a system says stands before the first question.
+    In its language, Jinja, {{ }} inserts a text and {% %} is a command. It gives what training
+    shows: the text "instruction", a question, the text "output", the answer
+    and the end of text, for each turn. A system message, with what the model shall be like, stands
+    before the first question.
     """
     before, after = json.dumps(texts["instruction"]), json.dumps(texts["output"])
     return ("{% for message in messages %}"
             # An answer.
             "{% if message['role'] == 'assistant' %}"
             "{{ " + after + " + message['content'] + '<|endoftext|>' }}"
-            # The first text of a turn: a question, or what a system says.
+            # The first text of a turn: a question, or a system message.
             "{% elif loop.first or messages[loop.index0 - 1]['role'] == 'assistant' %}"
             "{{ " + before + " + message['content'] }}"
-            # A question behind what a system says.
+            # A question behind a system message.
             "{% else %}{{ '\\n\\n' + message['content'] }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ " + after + " }}{% endif %}")
 
@@ -348,7 +354,8 @@ def folder_files(cfg, tokenizer, template):
             bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False,
             model_max_length=cfg["context_length"]),
         "tokenizer.json": dict(
-            model=dict(source=MARK, type="BPE", ignore_merges=True,  # as tiktoken: a chunk first
+            # ignore_merges: a chunk that is itself a token stays whole, as in tiktoken.
+            model=dict(source=MARK, type="BPE", ignore_merges=True,
                        vocab={token: i for i, token in enumerate(tokens)}, merges=merges),
             added_tokens=[dict(id=end, content=END_OF_TEXT, special=True, normalized=False,
                                single_word=False, lstrip=False, rstrip=False)],
@@ -358,7 +365,7 @@ def folder_files(cfg, tokenizer, template):
 def export_folder(model, tokenizer, template, folder):
     """Write what transformers' `from_pretrained(folder)` opens. Raises UserError, OSError.
 
-    Whenever it is stopped, a whole model is left, for a moment as FOLDER.old.tmp.
+    If it is stopped, a whole model is left: between the two renames only as FOLDER.old.tmp.
     """
     folder = Path(folder).resolve()
     check_ours(folder)
@@ -396,6 +403,7 @@ def export_folder(model, tokenizer, template, folder):
 # ---------------------------------------------------------------------------------------------
 # GGUF, the format of llama.cpp: a header, keys with values, a list of tensors, then their numbers.
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+# In struct's formats < is the low byte first, I and i are 4 bytes, Q 8 bytes, f a float32.
 
 UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9  # types of keys' values
 F32, Q8_0 = 0, 8                                       # types of tensors
@@ -446,7 +454,7 @@ def export_gguf(model, tokenizer, template, path, quantize=None):
         "tokenizer.ggml.bos_token_id": end, "tokenizer.ggml.eos_token_id": end,
         "tokenizer.ggml.tokens": tokens + unused,
         "tokenizer.ggml.token_type": [1] * end + [3] + [5] * len(unused),  # text, special, unused
-        # One pair at least is needed: this one is never in UTF-8.
+        # At least one pair is needed. ÿ stands for the byte 255, which is never in UTF-8.
         "tokenizer.ggml.merges": [f"{a} {b}" for a, b in merges] or ["ÿ ÿ"]}
     if template:
         keys["tokenizer.chat_template"] = template
@@ -546,19 +554,29 @@ def download_and_load_gpt2(model_size, models_dir):
 
 
 def find_tokenizer(weights, vocab_size):
-    """The tokenizer.json in or beside `weights`, or GPT-2's tokenizer. A bad file raises anything.
+    """The tokenizer in or beside `weights`, or GPT-2's. A bad file may raise any error.
 
     Its tokens must have our IDs: the 256 bytes first, the end of text last.
     """
+    def read(name):
+        file = folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
     folder = weights if weights.is_dir() else weights.parent
-    path = folder / "tokenizer.json"
-    if not path.exists() and vocab_size >= 50257 and not (folder / "vocab.json").exists():
+    contents, vocab = read("tokenizer.json"), read("vocab.json")
+    if contents:
+        vocab, merges = contents["model"]["vocab"], contents["model"]["merges"]
+        vocab |= {token["content"]: token["id"] for token in contents["added_tokens"]}
+        if contents["normalizer"] or {**BYTE_LEVEL, **contents["pre_tokenizer"]} != BYTE_LEVEL:
+            raise ValueError("its tokenizer prepares text in another way than GPT-2's")
+    elif vocab:  # the older form, in several files
+        vocab |= read("added_tokens.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    elif vocab_size >= 50257:
         return load_tokenizer("gpt2")
-    contents = json.loads(path.read_text(encoding="utf-8"))
-    vocab, merges = contents["model"]["vocab"], contents["model"]["merges"]
-    vocab |= {token["content"]: token["id"] for token in contents["added_tokens"]}
-    if contents["normalizer"] or {**BYTE_LEVEL, **contents["pre_tokenizer"]} != BYTE_LEVEL:
-        raise ValueError("its tokenizer prepares text in another way than GPT-2's")
+    else:
+        raise ValueError("there is no tokenizer.json beside it")
 
     # Between them stand the tokens in the order of the merges that make them.
     letters = sorted(BYTE_OF_LETTER, key=vocab.__getitem__)

@@ -83,7 +83,7 @@ def create_dataloader_v1(txt, batch_size=4, max_length=256, stride=128, shuffle=
 #
 # Losses per token of two vocabularies cannot be compared, as one's tokens may be longer. Losses per
 # byte can. 1.034 nats are 1.034 / ln 2 = 1.49 bits; if a token has 4 bytes on average, that makes
-# 0.37 bits per byte. A program that compresses text with the model would need as many.
+# 0.37 bits per byte. A program that compresses text with the model could write it in that many.
 #
 # The training loss is measured on what the model learns from, the validation loss on text that it
 # has never seen. While both fall, the model learns the language. When the validation loss rises and
@@ -97,7 +97,7 @@ def calc_loss_batch(input_batch, target_batch, model, device):
 
 
 def calc_loss_loader(data_loader, model, device, num_batches=None):
-    """Mean loss over the first `num_batches` batches (None: all), else NaN. Section 5.1.3."""
+    """Mean loss over the first `num_batches` batches (None: all); NaN if none. Section 5.1.3."""
     losses = [calc_loss_batch(inputs, targets, model, device).item()
               for inputs, targets in itertools.islice(data_loader, num_batches)]
     return sum(losses) / len(losses) if losses else math.nan
@@ -173,8 +173,8 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
 #     0.001,  0.001,  0.001,  0.001    0.001      0.001    1.0 * lr, as much as above
 #     0.1,   -0.1,    0.1,   -0.1      0          0.1      0, as the gradients do not agree
 #
-# Before that, weight decay, the W, multiplies the weight by 1 - lr * weight_decay. It pulls them to
-# zero, so that only those the data needs grow large.
+# Before that, weight decay, the W, multiplies the weight by 1 - lr * weight_decay. It pulls all
+# weights to zero. Only those that the data needs stay large.
 
 class Muon(torch.optim.Optimizer):
     """Steps of equal length in all directions, for the matrices in the blocks. Jordan et al. 2024.
@@ -183,7 +183,8 @@ class Muon(torch.optim.Optimizer):
     direction 3 times and the other 0.1 times: these factors are its singular values. In a gradient
     a few are large, from what occurs often in the text, and most are tiny. Muon averages gradients
     over steps (momentum) and then sets all singular values near 1, so what is rare is learned as
-    fast as what is common. (torch.optim.Muon works in bfloat16, which many CPUs only emulate.)
+    fast as what is common. (torch.optim.Muon works in 16-bit numbers, bfloat16, which many CPUs
+    only emulate.)
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
@@ -197,21 +198,23 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p not in self.state:
                     self.state[p]["average"] = torch.zeros_like(p)
+
+                # a.lerp(b, w) is a + w * (b - a): a moves by the share w towards b.
                 average = self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
 
                 # The average, with the newest gradient counted once more (Nesterov's momentum).
                 update = self.orthogonal(p.grad.lerp(average, group["momentum"]))
 
-                # Weight decay, then the step. A tall matrix has more outputs than inputs: with the
-                # same singular values each output changes less, so its step is made longer.
+                # Weight decay, then the step. A tall matrix has more outputs than inputs: its step
+                # is spread over more numbers, and each output changes less. So it is made longer.
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
     def orthogonal(self, update):
         """Move the singular values of a matrix near 1, in five rounds."""
-        X = update.to(self.dtype) / (update.norm() + 1e-7)  # the norm is above each of them
+        X = update.to(self.dtype) / (update.norm() + 1e-7)  # now no singular value is above 1
         tall = X.shape[0] > X.shape[1]
-        X = X.T if tall else X
+        X = X.T if tall else X  # the smaller square, X X^T, is less work
         for _ in range(5):
             # X X^T X has the cubes of X's singular values, in the same directions. So each value
             # s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5; a search found these three numbers.
@@ -238,7 +241,7 @@ def make_optimizers(model, optimizer, lr, weight_decay, dtype=torch.float32):
         optimizers = [Muon(matrices, lr, weight_decay=weight_decay, dtype=dtype),
                       AdamW(rest, 0.15 * lr, betas, weight_decay=0, fused=True)]
 
-    # What `lr_factor` is multiplied with.
+    # Keep each learning rate: the loop sets that of a step to `peak_lr` times `lr_factor`, below.
     for group in (group for o in optimizers for group in o.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -268,6 +271,7 @@ def init_gpt2_weights(model, std, sines=False):
 
     if sines:
         T, C = model.pos_emb.weight.shape
+        # The first wave is 6 positions long; each next one is longer, the last about 12 T.
         angles = torch.arange(T)[:, None] / (2 * T) ** (torch.arange(0, C, 2) / C)   # (T, C / 2)
         waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :C]
         model.pos_emb.weight.data.copy_(0.1 * waves)
@@ -286,8 +290,9 @@ def lr_factor(step, total_steps, warmup_steps, final_lr_share):
 def train_model(run, train_rows, val_rows, device, dtype):
     """The loop of every run without --simple. The rows are `TokenRows`, below the lesson.
 
-    `run` (gpt.py) is the run's notebook: `due` says whether it is time to measure, `report` prints
-    and saves what was measured, and the model if it is the best so far, `done` counts the step.
+    `run` (gpt.py) is the run's notebook. `due` says whether it is time to measure. `report` prints
+    and saves what was measured, and the model if it is the best so far. `done` counts a step and
+    notes its loss; the mean of the noted losses is the `train_loss` of the next report.
 
     `dtype` is the type of matrix products. bfloat16 has 16 bits, float32's range and only three
     digits; some processors multiply it twice as fast. `autocast` runs the products in it, while
@@ -298,6 +303,8 @@ def train_model(run, train_rows, val_rows, device, dtype):
     # The number of this process, and how many there are: 0 and 1 without torchrun. With it, each
     # reads its share of every batch, and backward() averages the gradients over all.
     rank, world = process_number()
+
+    # The same weights: compiled if asked, and gradients are averaged over several processes.
     fast_model = compile_and_share(model, args.compile)
     rows_per_step = args.batch_size * args.grad_accum
     steps_per_epoch = len(train_rows) // rows_per_step
@@ -343,7 +350,9 @@ def train_model(run, train_rows, val_rows, device, dtype):
         for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        run.done(step_loss / world, inputs.numel() * args.grad_accum)  # shares, which it adds up
+
+        # This process's share of the mean loss and of the tokens; `done` adds up the shares.
+        run.done(step_loss / world, inputs.numel() * args.grad_accum)
 
 
 @torch.no_grad()
@@ -366,10 +375,10 @@ def evaluate_rows(model, rows, tokenizer, args, device, dtype):
         text = targets[targets != tokenizer.eot_token]
         num_bytes += len(tokenizer.decode_bytes(text.tolist()))
     nats, num_bytes = sum_over_processes([nats, num_bytes], device)
-    loss = nats / (count * rows.T)
+    loss = nats / (count * rows.T)  # T: tokens in a row
 
     # What the model writes. Tokens are drawn from their probabilities, a little sharpened (see
-    # `next_token_probs` in gpt.py); a model that takes the likeliest always repeats itself.
+    # `next_token_probs` in gpt.py); a model that always takes the likeliest repeats itself.
     idx = text_to_token_ids(args.prompt or END_OF_TEXT, tokenizer).to(device)
     ids = generate(model, idx, 100, rows.T, 0.8, seed=args.seed, eos_id=tokenizer.eot_token)
     return {"val_loss": loss, "perplexity": math.exp(min(loss, 99)),
@@ -417,7 +426,8 @@ PRESETS = {
              "epochs": 1, "max_steps": None, "lr": 6e-4, "warmup_steps": 200,
              "final_lr_share": 0.1, "eval_every": 100}}
 
-# --init FILE starts from trained weights: few and small steps, with a constant learning rate.
+# --init FILE starts from trained weights: small steps with a constant learning rate, for 3 epochs
+# or 1,000 steps, whichever is less. The context is the model's own.
 CONTINUE = {"context_length": None, "optimizer": "adamw", "lr": 1e-4, "warmup_steps": 0,
             "final_lr_share": 1.0, "clip": 1.0, "epochs": 3, "max_steps": 1000}
 

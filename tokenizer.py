@@ -127,7 +127,7 @@ def train_simple(text, num_merges):
 #     [ ]?\p{L}+               letters, and the space before:  "the"  " cat"
 #     [ ]?\p{N}+               digits, and the space before:   " 1908"
 #     [ ]?[^\s\p{L}\p{N}]+     other signs, and the space:     "..."  " ("
-#     \s+(?!\S)                white space, without its last character if text follows
+#     \s+(?!\S)                white space; if text follows, its last character is left for " cat"
 #     \s+                      white space that is left: a line break or tab before text
 #
 # Equal chunks merge equally, so training needs only the distinct ones, with their counts.
@@ -217,12 +217,13 @@ class BPETokenizer:
         self.n_vocab = self.eot_token + 1
         self._tokens = {rank: token for token, rank in self._mergeable_ranks.items()}
         self._tokens[self.eot_token] = END_OF_TEXT.encode()
-        self._encode_chunk.cache_clear()  # what it remembers was made with other ranks
+        self._encode_chunk.cache_clear()  # train() comes here again, with other ranks
 
     def train(self, text, vocab_size):
         """Learn from a text, or its `count_chunks`, until there are `vocab_size` tokens (> 256)."""
         counts = count_chunks(text) if isinstance(text, str) else text
         ranks = dict(BYTES)
+        # 257 tokens are not learned: the bytes and `<|endoftext|>`.
         for left, right, _ in islice(learn_merges(counts), vocab_size - 257):
             ranks[left + right] = len(ranks)  # each merge makes the token of the next rank
         self.__init__(ranks)
