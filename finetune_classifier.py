@@ -18,6 +18,7 @@ import io
 import itertools
 import math
 import random
+import shlex
 import sys
 import zipfile
 from collections import Counter
@@ -292,8 +293,9 @@ def report(class_names, labels, predicted, commonest):
     table = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
     accuracy = table.trace().item() / total
 
-    # With few test texts the accuracy is uncertain. If we repeated the test with many new sets of
-    # texts, 95 of 100 such intervals (Wilson 1927) would contain the true accuracy.
+    # With few test texts the accuracy is uncertain, so an interval is printed with it: `centre`
+    # plus or minus `half`, by the formula of Wilson (1927). 1.96 belongs to 95 %: if we repeated
+    # the test with many sets of texts, 95 of 100 such intervals would contain the true accuracy.
     square = 1.96 ** 2 / total
     centre = (accuracy + square / 2) / (1 + square)
     half = math.sqrt(square * (accuracy * (1 - accuracy) + square / 4)) / (1 + square)
@@ -416,6 +418,8 @@ def download_and_unzip_spam_data(urls=SMS_URLS, path=SMS, sha256=SMS_SHA256):
 
 def read_labelled_texts(path, text_column="text", label_column="label"):
     """A table -> list of (label, text). Without such a header the label is first. UserError."""
+    if Path(path).suffix.lower() in (".json", ".jsonl"):
+        raise UserError(f"{path} is JSON; make a table of it, with a text and a label in each line")
     text = read_text(path)
     first_line = text.lstrip().partition("\n")[0]
     divider = "\t" if "\t" in first_line else max(",;", key=first_line.count)
@@ -557,7 +561,7 @@ def train(args):
     logits, labels = predict_loader(test_loader, model, device, dtype=dtype)
     report(class_names, labels, logits.argmax(dim=-1), int(data[0].labels.bincount().argmax()))
     print("\nNext:\n  python finetune_classifier.py --classify 'Call now to claim your prize' \\\n"
-          f"    --checkpoint {args.out}")
+          f"    --checkpoint {shlex.quote(str(args.out))}")
     return model, tokenizer
 
 

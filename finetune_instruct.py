@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
@@ -328,8 +329,9 @@ def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens
         idx = [[end] * n + prompt for n, prompt in zip(padding, prompts)]    # (B, T)
 
         # The shortest prompt has room for the most new tokens, so generate that many for all rows.
-        # A row with a longer prompt then runs past the context: only what fits is kept, up to the
-        # end of text. The `end` added here makes sure that there is one.
+        # When the window of `generate` slides, a row loses its padding first, then text: so only
+        # the tokens that fit the context are kept, up to the end of text. The `end` added here
+        # makes sure that there is one.
         room = context - len(prompts[0])
         out = generate(model, idx, min(max_new_tokens, room), eos_id=end, padding=padding)
         for entry, prompt, row in zip(batch, prompts, out.tolist()):
@@ -596,10 +598,12 @@ def judge(args):
         entries = json.loads(file.read_text(encoding="utf-8"))
         scores = generate_model_scores(entries, "model_response", args.judge, args.judge_url,
                                        lambda: write_json(file, entries))
-    except (FileNotFoundError, LookupError, TypeError, ValueError, AttributeError) as e:
+        mean = sum(scores) / len(scores) if scores else math.nan
+    except UserError:  # of the judge
+        raise
+    except Exception as e:  # whatever a changed file makes of the lines above
         raise UserError(f"{file} cannot be used ({e!r:.150}); make it anew with: python "
                         f"finetune_instruct.py --out {args.out}") from None
-    mean = sum(scores) / len(scores) if scores else math.nan
     say("judge", f"{args.judge}: {mean:.2f} of 100, mean of {len(scores)} of {len(entries)} "
         "answers")
     return scores
@@ -671,7 +675,8 @@ def finetune(args):
     if len(test_set) and not args.no_responses:
         model, tokenizer, _ = load_checkpoint(args.out, device)
         answer_and_score(model.to(dtype), tokenizer, test_set.data, args)
-    print(f"\nNext:\n  python finetune_instruct.py --chat --checkpoint {args.out}")
+    out = shlex.quote(str(args.out))
+    print(f"\nNext:\n  python finetune_instruct.py --chat --checkpoint {out}")
     return load_checkpoint(args.out, device)[:2]
 
 

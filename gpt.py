@@ -18,17 +18,19 @@ import signal
 
 # Two settings before torch is loaded; the lesson begins at GPT_CONFIG_124M.
 #
-# A thread of torch that waits for another keeps its core busy, for so many rounds. With more, any
-# other program on the machine would slow training almost to a halt.
+# A thread of torch that waits for another keeps its core busy for 3,000 rounds, then sleeps. With
+# more rounds, any other program on the machine would slow training almost to a halt.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+on_ctrl_c = signal.getsignal(signal.SIGINT)
 with contextlib.suppress(ValueError):  # Ctrl-C while torch loads: no traceback
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if on_ctrl_c is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-with contextlib.suppress(ValueError, NameError):
+with contextlib.suppress(ValueError):  # in a thread
     signal.signal(signal.SIGINT, on_ctrl_c)
 
 GPT_CONFIG_124M = {
@@ -557,10 +559,9 @@ def generate(model, idx, max_new_tokens, context_size=None, temperature=0.0, top
     any token; `padding` (B,), a list or a tensor, counts these tokens in each row. Raises
     ValueError for an empty prompt or an option out of range.
     """
-    new = list(generate_stream(model, idx, max_new_tokens, context_size, temperature, top_k,
-                               eos_id, top_p, padding, seed))
-    idx = as_rows(idx, model)
-    return torch.cat([idx, torch.stack(new, dim=1)], dim=1) if new else idx
+    new = generate_stream(model, idx, max_new_tokens, context_size, temperature, top_k, eos_id,
+                          top_p, padding, seed)
+    return torch.column_stack([as_rows(idx, model), *new])  # each of `new` is a column
 
 
 @torch.no_grad()
@@ -743,7 +744,7 @@ def pick_device(name="auto"):
     try:
         torch.zeros(1, device=name).item()
     except Exception:  # whatever torch makes of a name
-        raise UserError(f"the device {name!r} is not available here; use --device auto") from None
+        raise UserError(f"there is no device {name!r} here; use --device cpu, or auto") from None
     return torch.device(name)
 
 
@@ -795,7 +796,7 @@ def check_prompt(model, idx, padding, context_size, temperature, top_k, top_p):
         raise ValueError("context_size and top_k must be 1 or more, temperature 0 or more, top_p "
                          "above 0 and at most 1")
     padding = torch.zeros_like(idx[:, 0]) if padding is None else torch.as_tensor(padding)
-    if len(padding) != len(idx) or padding.min() < 0 or padding.max() >= idx.shape[1]:
+    if padding.shape != idx.shape[:1] or padding.min() < 0 or padding.max() >= idx.shape[1]:
         raise ValueError("padding must have a number per row, from 0 to T - 1")
     return idx, padding.to(idx.device), context_size
 
@@ -899,7 +900,10 @@ def tokenizer_to_spec(tokenizer):
     try:
         if tokenizer.name in ("gpt2", "bytes"):
             return tokenizer.name
-        return {"pat_str": tokenizer._pat_str, "ranks": ranks_to_text(tokenizer._mergeable_ranks)}
+        ranks = tokenizer._mergeable_ranks
+        if (tokenizer.eot_token, tokenizer.n_vocab) != (len(ranks), len(ranks) + 1):
+            raise ValueError(f"a checkpoint holds one special token, {END_OF_TEXT}, as the last ID")
+        return {"pat_str": tokenizer._pat_str, "ranks": ranks_to_text(ranks)}
     except AttributeError as e:
         raise ValueError("a checkpoint holds tokenizers of tiktoken or tokenizer.py; for others use"
                          f" torch.save(model.state_dict(), path) ({e})") from None
@@ -1035,8 +1039,6 @@ def download(urls, path, sha256=None, timeout=30):
                 break  # nothing came; asking again helps only where something did
         if sha256 is None:  # without it, nobody could tell that two servers' bytes were mixed
             part.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        os.removedirs(part.parent)  # if they are empty
     reasons = "".join(f"\n  {url}: {reason}" for url, reason in reasons.items())
     raise UserError(f"{path.name} could not be downloaded; put it at {path} by hand, or try again "
                     f"when there is a network:{reasons}")
@@ -1126,6 +1128,7 @@ def read_pieces(path, size=1 << 18):
         if ending == ".jsonl":
             try:
                 block = json.loads(block)["text"] + END_OF_TEXT if block.strip() else ""
+                block = block.encode("utf-8", "replace").decode()  # half a character becomes ?
             except Exception as e:  # whatever is no object with a text
                 raise UserError(f'{path}, line {number}: expected {{"text": "..."}} '
                                 f"({type(e).__name__}: {e!s:.100})") from None
@@ -1232,7 +1235,8 @@ def add_training_arguments(parser, out, **defaults):
 
 def run_main(main):
     """Run a script's main(): what the user can mend is a sentence and status 1, Ctrl-C is 130."""
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # None: they were closed
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # None: it was closed
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
@@ -1516,7 +1520,8 @@ class Run:
             if self.writes:
                 self.write_what_follows()  # the run may have been killed before it had done this
         except Exception as e:  # also whatever a changed file makes of the lines above
-            raise UserError(f"{self.resume_file} cannot be used: {e!s:.200}. Repeat the run's own "
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(f"{self.resume_file} cannot be used: {reason}. Repeat the run's own "
                             "command, or leave out --resume") from None
         say("resumed", f"after step {self.step:,}")
 

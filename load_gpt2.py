@@ -16,6 +16,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 import shutil
 import struct
 from pathlib import Path
@@ -143,7 +144,7 @@ def load_weights_into_gpt(gpt, params):
     """Copy `params` into a `GPTModel`. Book section 5.5.
 
     `params` is a tree, as `download_and_load_gpt2` (below the lesson) gives it: there the array
-    h0/attn/c_attn/w is params["blocks"][0]["attn"]["c_attn"]["w"].
+    h0/attn/c_attn/w is params["blocks"][0]["attn"]["c_attn"]["w"], and ln_f/g is params["g"].
 
     `out_head` shares `tok_emb`'s matrix from then on. Raises KeyError for a missing array and
     RuntimeError for a model that does not fit. The model needs qkv_bias True.
@@ -159,7 +160,6 @@ def load_weights_into_gpt(gpt, params):
 
     weights = to_our_names(arrays)
     gpt.cfg["tie_embeddings"] = True
-    gpt.tie_weights()
     gpt.load_state_dict({**weights, "out_head.weight": weights["tok_emb.weight"]})
 
 
@@ -302,7 +302,8 @@ def vocabulary(tokenizer):
 
     A byte may be a space or a part of a character; `BYTE_OF_LETTER` (gpt.py) has a letter for each.
     A tokenizer keeps each token with its rank, but not the two tokens of which it was made. So
-    every way to cut a token into two known ones is listed.
+    every way to cut a token into two known ones is listed, in the order of the ranks. It gives the
+    same IDs, as any two neighbours that form a token may merge, the lowest rank first.
     """
     if tokenizer._pat_str != GPT2_SPLIT_PATTERN:
         raise UserError("only tokenizers that split text as GPT-2 does can be exported")
@@ -316,9 +317,11 @@ def vocabulary(tokenizer):
 
 
 def chat_template(texts):
-    """A finetuned model's `prompt_texts` -> a template that tells how to write a conversation.
+    """The texts of a prompt style -> a template that tells how to write a conversation.
 
-    In its language, Jinja, {{ }} inserts a text and {% %} is a command. It gives what training
+    They are an entry of PROMPT_STYLES (finetune_instruct.py). A model that was finetuned on
+    instructions brings them along. In the template's language, Jinja, {{ }} inserts a text and
+    {% %} is a command. It gives what training
     shows: the text "instruction", a question, the text "output", the answer
     and the end of text, for each turn. A system message, with what the model shall be like, stands
     before the first question.
@@ -333,6 +336,7 @@ def chat_template(texts):
             "{{ " + before + " + message['content'] }}"
             # A question behind a system message.
             "{% else %}{{ '\\n\\n' + message['content'] }}{% endif %}{% endfor %}"
+            # At the end, if an answer is wanted: the text behind which the model writes it.
             "{% if add_generation_prompt %}{{ " + after + " }}{% endif %}")
 
 
@@ -365,7 +369,7 @@ def folder_files(cfg, tokenizer, template):
 def export_folder(model, tokenizer, template, folder):
     """Write what transformers' `from_pretrained(folder)` opens. Raises UserError, OSError.
 
-    If it is stopped, a whole model is left: between the two renames only as FOLDER.old.tmp.
+    Whenever it is stopped, a whole model is left. Between the two renames it is FOLDER.old.tmp.
     """
     folder = Path(folder).resolve()
     check_ours(folder)
@@ -403,7 +407,8 @@ def export_folder(model, tokenizer, template, folder):
 # ---------------------------------------------------------------------------------------------
 # GGUF, the format of llama.cpp: a header, keys with values, a list of tensors, then their numbers.
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-# In struct's formats < is the low byte first, I and i are 4 bytes, Q 8 bytes, f a float32.
+# In struct's formats < is the low byte first, I and i are 4 bytes, Q 8 bytes, f a float32. 4s is
+# four letters, 2Q is Q twice.
 
 UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9  # types of keys' values
 F32, Q8_0 = 0, 8                                       # types of tensors
@@ -471,6 +476,7 @@ def export_gguf(model, tokenizer, template, path, quantize=None):
         data += [stored, b"\0" * (-stored.nbytes % 32)]
         offset += stored.nbytes + len(data[-1])
 
+    # The header: the format's name, its version, how many tensors and how many keys.
     head = struct.pack("<4sIQQ", b"GGUF", 3, len(array_parts), len(key_parts))
     head += b"".join(key_parts + array_parts)
     with write_atomically(path) as part, open(part, "wb") as file:
@@ -601,11 +607,12 @@ def export(path, quantize, checkpoint):
         return model, tokenizer
 
     modelfile = path.with_suffix(".Modelfile")
+    quoted = shlex.quote(str(path))
     check_ours(modelfile)
     export_gguf(model, tokenizer, template, path, quantize)
     say("saved", f"{path}, {path.stat().st_size / 1e6:,.1f} MB. Use it with:")
     if not texts:
-        print(f'  llama-completion -m {path} -no-cnv -p "Once"')
+        print(f'  llama-completion -m {quoted} -no-cnv -p "Once"')
         return model, tokenizer
 
     # The same template for Ollama, which repeats it for each turn, the last up to .Response.
@@ -613,7 +620,8 @@ def export(path, quantize, checkpoint):
         f'# {MARK}\nFROM ./{path.name}\nTEMPLATE """{texts["instruction"]}'
         "{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}" + texts["output"]
         + '{{ .Response }}<|endoftext|>"""\nPARAMETER stop "<|endoftext|>"\n', encoding="utf-8")
-    print(f"  llama-cli -m {path}\n  ollama create {path.stem} -f {modelfile}")
+    print(f"  llama-cli -m {quoted}\n  "
+          f"ollama create {shlex.quote(path.stem)} -f {shlex.quote(str(modelfile))}")
     return model, tokenizer
 
 
@@ -629,13 +637,16 @@ def main(argv=None):
     arg("--prompt", type=name_type, default="Every effort moves you", help="text to continue")
     arg("--max-new-tokens", type=positive_int, default=15, help="by at most this many")
     arg("--export", type=path_type, metavar="PATH", help="write --checkpoint to a folder or .gguf")
-    arg("--checkpoint", type=path_type, default=Path("checkpoints/pretrained.pt"), help="to export")
+    arg("--checkpoint", type=path_type, help="to export; default: checkpoints/pretrained.pt")
     arg("--quantize", choices=["q8_0"], help="round matrices to 8 bits in a GGUF file")
     args = parser.parse_args(argv)
     if args.quantize and (args.export is None or args.export.suffix.lower() != ".gguf"):
         parser.error("argument --quantize: it goes with --export NAME.gguf")
+    if args.checkpoint and not args.export:
+        parser.error("argument --checkpoint: it goes with --export PATH")
     if args.export:
-        return export(args.export, args.quantize, args.checkpoint)
+        checkpoint = args.checkpoint or Path("checkpoints", "pretrained.pt")
+        return export(args.export, args.quantize, checkpoint)
 
     # Get them and save them: nothing is saved before model and tokenizer are whole.
     args.out = args.out or Path("checkpoints") / f"gpt2-{'local' if args.source else args.size}.pt"
@@ -647,7 +658,7 @@ def main(argv=None):
         tokenizer = (load_tokenizer(args.tokenizer) if args.tokenizer else
                      find_tokenizer(source, model.cfg["vocab_size"]))
         save_checkpoint(args.out, model, tokenizer)
-    except UserError:
+    except (UserError, OSError):
         raise
     except Exception as e:  # whatever a bad file makes of the lines above
         raise UserError(f"{source} cannot be used ({type(e).__name__}: {e!s:.200}); fetch all its "
@@ -659,8 +670,9 @@ def main(argv=None):
         with contextlib.suppress(UserError):  # the weights are what the user came for
             download(VERDICT_URLS, VERDICT, VERDICT_SHA256, timeout=10)
     demonstrate(model, tokenizer, args.prompt, args.max_new_tokens)
-    print(f"\nNext:\n  python gpt.py --checkpoint {args.out} --prompt \"Life is\"\n"
-          f"  python finetune_classifier.py --init {args.out}")
+    out = shlex.quote(str(args.out))
+    print(f"\nNext:\n  python gpt.py --checkpoint {out} --prompt \"Life is\"\n"
+          f"  python finetune_classifier.py --init {out}")
     return model, tokenizer
 
 

@@ -83,7 +83,7 @@ def create_dataloader_v1(txt, batch_size=4, max_length=256, stride=128, shuffle=
 #
 # Losses per token of two vocabularies cannot be compared, as one's tokens may be longer. Losses per
 # byte can. 1.034 nats are 1.034 / ln 2 = 1.49 bits; if a token has 4 bytes on average, that makes
-# 0.37 bits per byte. A program that compresses text with the model could write it in that many.
+# 0.37 bits per byte. A program that compresses text with the model needs as many for each byte.
 #
 # The training loss is measured on what the model learns from, the validation loss on text that it
 # has never seen. While both fall, the model learns the language. When the validation loss rises and
@@ -118,7 +118,7 @@ def generate_and_print_sample(model, tokenizer, device, start_context):
     model.eval()
     idx = text_to_token_ids(start_context, tokenizer).to(device)
     ids = generate_text_simple(model, idx, 50, context_size=model.pos_emb.weight.shape[0])
-    say("", token_ids_to_text(ids, tokenizer).replace("\n", " "))
+    say("", token_ids_to_text(ids, tokenizer).replace("\n", " "))  # prints; "" is its label
     model.train()
 
 
@@ -224,10 +224,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, optimizer, lr, weight_decay, dtype=torch.float32):
-    """A list of optimizers that together hold every parameter: "adamw, book", "adamw" or "muon".
+    """A list of optimizers that together hold every parameter.
 
-    Biases, norms, embeddings and the output layer do not decay: they have no reason to be near
-    zero. (The book lets everything decay.)
+    `optimizer` is "adamw, book", "adamw" or "muon". Biases, norms, embeddings and the output layer
+    do not decay: they have no reason to be near zero. (The book lets everything decay.)
     """
     matrices = [p for p in model.trf_blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p not in set(matrices)]
@@ -288,7 +288,10 @@ def lr_factor(step, total_steps, warmup_steps, final_lr_share):
 
 
 def train_model(run, train_rows, val_rows, device, dtype):
-    """The loop of every run without --simple. The rows are `TokenRows`, below the lesson.
+    """The loop of every run without --simple.
+
+    `train_rows` and `val_rows` are `TokenRows`, below the lesson: their `batch` takes a tensor of
+    row numbers and gives the inputs and targets of these rows.
 
     `run` (gpt.py) is the run's notebook. `due` says whether it is time to measure. `report` prints
     and saves what was measured, and the model if it is the best so far. `done` counts a step and
@@ -323,7 +326,7 @@ def train_model(run, train_rows, val_rows, device, dtype):
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
 
-        # The rows of this step. `shuffled` gives the same order for the same epoch.
+        # The numbers of this step's rows. `shuffled` gives the same order for the same epoch.
         epoch, k = divmod(run.step, steps_per_epoch)
         order = shuffled(args.seed, epoch, len(train_rows))
         rows = order[k * rows_per_step:(k + 1) * rows_per_step]
@@ -483,7 +486,10 @@ def tokens_on_disk(texts, contents, tokenizer):
             for text in texts:
                 last = None
                 for piece in text:
-                    ids = tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT})
+                    try:
+                        ids = tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT})
+                    except ValueError as e:  # of a million spaces in a row
+                        raise UserError(f"the text cannot be cut into tokens ({e!s:.90})") from None
                     ids.astype(dtype).tofile(out)
                     last = ids[-1] if len(ids) else last
                     progress(f"turning text into tokens: {out.tell() // dtype.itemsize:,}")
@@ -541,15 +547,15 @@ def cut_tokens(file, dtype, name, context, args):
         train_rows = TokenRows(file, dtype, 0, cut, T)
         val_rows = TokenRows(file, dtype, cut, num_tokens, T)
         if len(train_rows) >= args.batch_size * args.grad_accum and len(val_rows):
-            break
+            say("text", f"{name}: {cut:,} tokens to train, {num_tokens - cut:,} held out")
+            return train_rows, val_rows
+
         # A trained model can learn from rows that are shorter than what it sees.
         if args.context_length or T < 32:
             raise UserError(f"the text of {name} is too short: {cut} tokens to train and "
                             f"{num_tokens - cut} held out, for rows of {T}; add text, or change "
                             "--context-length, --batch-size, --grad-accum or --val-share")
         T //= 2
-    say("text", f"{name}: {cut:,} tokens to train, {num_tokens - cut:,} held out")
-    return train_rows, val_rows
 
 
 def make_model(args):
@@ -692,9 +698,7 @@ def main(argv=None):
     run = Run(total_steps, args, model, optimizers, tokenizer, settings, constant)
     train_model(run, train_rows, val_rows, device, dtype)
     run.finish()
-    words = "--prompt=" + shlex.quote(args.prompt)
-    if args.out != Path("checkpoints", "pretrained.pt"):
-        words = f"--checkpoint {shlex.quote(str(args.out))} {words}"
+    words = f"--checkpoint {shlex.quote(str(args.out))} --prompt={shlex.quote(args.prompt)}"
     print(printable(f"\nNext:\n  python gpt.py {words}"))
     return model, tokenizer
 

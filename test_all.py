@@ -307,11 +307,18 @@ class TestCheckpoint(InFolder):
         self.assertEqual(gpt.load_checkpoint("c.pt", kind="classifier")[2]["class_names"],
                          ["3", "5"])
 
-    def test_a_user_s_own_spin_count_wins(self):
+    def test_import_and_main_work_in_a_thread_and_a_user_s_own_spin_count_wins(self):
         env = {**os.environ, "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "77"}
-        code = "import gpt, os; print(os.environ['GOMP_SPINCOUNT'])"
+        code = ("import os, threading\n"
+                "def work():\n"
+                "    import pretrain\n"
+                f"    pretrain.main({shlex.split(PRETRAIN)[1:]} + ['--max-steps', '1'])\n"
+                "    print(os.environ['GOMP_SPINCOUNT'])\n"
+                "thread = threading.Thread(target=work)\n"
+                "thread.start(), thread.join()")
         out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        self.assertEqual(out.stdout, "77\n", out.stderr)
+        self.assertTrue(out.stdout.endswith("\n77\n"), out.stderr)
+        gpt.load_checkpoint("run.pt")
 
     def test_model_tokenizer_and_extras_come_back(self):
         ranks = {**{bytes([i]): i for i in range(256)}, b"th": 256, b"the": 257}
@@ -392,7 +399,8 @@ class TestTexts(InFolder):
                 ("gbk.txt", "你好,世界。".encode("gbk") * 99, "encoding.*-f ENCODING"),
                 ("/dev/null", "lost", "is not a file that can be read twice"),
                 ("a.json", "[]", "JSON"), ("a.csv", "label,text", "table"),
-                ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', 'line 2: expected {"text": "..."}')]:
+                ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', 'line 2: expected {"text": "..."}'),
+                ("b.jsonl", "[" * 200_000, "line 1: expected")]:
             self.write(name, content)
             with self.subTest(name), self.assertRaisesRegex(
                     UserError, rf"\A{name}[^\n]*{words}[^\n]{{,200}}\Z"):
@@ -404,6 +412,7 @@ class TestTexts(InFolder):
         self.write("nothing/empty.txt", "")
         os.symlink(Path("d").absolute(), "d/e/again")             # leads back to where it is
         os.symlink("../linked", "d/f")
+        os.symlink("loop", "d/loop")                              # leads nowhere
         self.assertEqual(gpt.find_files(["d", "one.txt"]), [
             Path("d/b.txt"), Path("d/e/a.txt"), Path("d/f/c.txt"), Path("one.txt")])
         with self.assertRaisesRegex(UserError, "the folder nothing has no file with text"):
@@ -451,6 +460,16 @@ class TestTerminal(InFolder):
         ids = gpt.text_to_token_ids(text, BYTES)
         probs = gpt.load_checkpoint("tiny.pt")[0](ids)[0, -1].softmax(dim=-1)
         self.assertIn(f"{probs.max().item():.1%}", out)
+
+    def test_closed_streams_and_a_full_disk_are_no_traceback(self):
+        gpt_py = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/gpt.py"
+        for streams, status, words in [("<&- >&- 2>&-", 0, ""), ("| true", 0, ""),
+                                       ("> /dev/full", 1, "gpt.py: .*No space left.*\n")]:
+            done = subprocess.run(f"unset PYTHONUNBUFFERED; {gpt_py} {streams}", shell=True,
+                                  timeout=60, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stdout), (status, ""))
+            self.assertRegex(done.stderr, rf"\A{words}\Z")
+        quietly(gpt.run_main, mock.Mock())                # a notebook's stdout has no reconfigure
 
     def test_the_model_needs_torch_alone(self):
         code = ("import sys; sys.modules.update(numpy=None, regex=None, requests=None)\n"
@@ -531,18 +550,21 @@ class TestDownload(InFolder):
                 (answer(404), "404", 1), (answer(200, b""), "wrong content", 1),
                 (answer(200, FILE, ("X-Linked-Etag", 64 * "0")), "wrong content", 1),
                 (lambda request: time.sleep(1), "timed out", 1),
+                (lambda request: send(request, FILE, length="abc"), "abc", 1),
                 (drop, "49152 of 204800 bytes came", 3)]:         # it does not ask for ever
             with self.subTest(words), self.assertRaisesRegex(
                     UserError, f"deep/er/file.bin[^$]*{nobody}.*refused[^$]*{self.url}.*{words}"):
                 self.fetch([failure], [nobody, self.url])
             self.assertEqual(len(self.asked), asked)
-            self.assertFalse(Path("deep").exists())               # no empty folder stays
 
 
-# A picture that cannot be drawn ends no run.
-@mock.patch.dict(sys.modules, {"matplotlib.figure": mock.Mock(**{"Figure.side_effect": OSError})})
 class TestTrainingRun(InFolder):
     VAL_LOSSES = {0: 9.0, 2: 5.0, 4: 3.0, 6: 6.0, 8: 7.0}      # by step: the model of 4 is the best
+
+    def setUp(self):
+        super().setUp()                                        # a picture ends no run
+        sys.modules["matplotlib.figure"] = mock.Mock(**{"Figure.side_effect": KeyError})
+        self.addCleanup(sys.modules.pop, "matplotlib.figure")
 
     def train(self, flags="", stop=None, within=None, constant=False, loss=None):
         """A plain loop with a `Run`, stopped after step `stop`, or `within` its report."""
@@ -606,11 +628,26 @@ class TestTrainingRun(InFolder):
         with self.assertRaisesRegex(UserError, "falls towards.* step 6.*--init run.pt"):
             quietly(self.train, "--max-steps 8 --resume")
 
+    def test_a_deleted_model_is_written_again_from_its_state_or_missed(self):
+        quietly(self.train)
+        expected = self.result()
+        self.killed(stop=5)                                    # the state is of step 4, the best
+        Path("run.pt").unlink()
+        quietly(self.train, "--resume")
+        self.assertEqual(self.result(), expected)
+        self.killed("--max-steps 8", stop=7)                   # it is of step 6, but 4 was better
+        Path("run.pt").unlink()
+        with self.assertRaisesRegex(UserError, "best model.*run.pt, is gone"):
+            quietly(self.train, "--max-steps 8 --resume")
+
     def test_a_changed_state_is_a_sentence(self):
         self.killed(stop=5)
         state = torch.load("run-resume.pt", weights_only=True)
-        for change in ({"step": "four"}, {"rows": None}, {"optimizers": []}, {"weights": {}}):
+        for change in ({"step": "four"}, {"rows": None}, {"optimizers": []}, {"weights": {}},
+                       {"settings": 3}, {}):
             torch.save({**state, **change}, "run-resume.pt")
+            if not change:
+                os.truncate("run-resume.pt", 500)
             with self.subTest(change), self.assertRaisesRegex(
                     UserError, r"\Arun-resume.pt [^\n]{,300}leave out --resume\Z"):
                 quietly(self.train, "--resume")
@@ -635,7 +672,7 @@ class TestRefusals(InFolder):
                 (1, "--prompt x", "make one with: python pretrain.py"),
                 (1, "--checkpoint text.txt", "text.txt is not the checkpoint that is needed"),
                 (1, "--checkpoint class.pt", "it holds a classifier"),
-                (1, "--checkpoint tiny.pt --device tpu", "the device 'tpu' is not available"),
+                (1, "--checkpoint tiny.pt --device tpu", "there is no device 'tpu'"),
                 (1, "--checkpoint tiny.pt --explain --layer 2", "2 layers"),
                 *((2, flags, "--help") for flags in wrong_usage)]:
             with self.subTest(flags):
@@ -856,6 +893,17 @@ class TestPretraining(InFolder):
             self.assertEqual(ids.tolist(), expected)
             os.truncate(file, size)                            # the next pass must notice it
 
+    def test_token_files_unused_for_a_day_are_deleted_but_an_open_one_is_read_on(self):
+        write = lambda text: pretrain.tokens_on_disk([[text]], text, BYTES)
+        (old, dtype), (young, _) = write("an old text"), write("young")
+        rows = pretrain.TokenRows(old, dtype, 0, 11, T=4)
+        self.addCleanup(rows.file.close)
+        for used_now in ("an old text", "young"):
+            os.utime(old, (0, 0))
+            write(used_now)
+            self.assertEqual((old.exists(), young.exists()), (used_now != "young", True))
+        self.assertEqual(rows.batch([0, 1])[0].tolist(), [[*b"an o"], [*b"ld t"]])
+
     # The loss and the loop of the book.
 
     def test_loss_is_the_mean_of_minus_log_probability(self):
@@ -949,10 +997,11 @@ class TestPretraining(InFolder):
             results.append([weights("run.pt"), torch.tensor(self.metrics()["train_loss"][-1])])
         torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
 
-    def test_two_processes_give_the_losses_of_one(self):
-        run = PRETRAIN + "--grad-accum 2 --batch-size 4 --max-steps 4 --eval-every 2"
+    def test_three_processes_give_the_losses_of_one_also_with_two_rows_held_out(self):
+        run = PRETRAIN + ("--grad-accum 2 --batch-size 6 --max-steps 4 --eval-every 2 "
+                          "--val-share 0.015")
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
-                               "2", "--standalone", *shlex.split(f"{ROOT}/{run}")],
+                               "3", "--standalone", *shlex.split(f"{ROOT}/{run}")],
                               capture_output=True, text=True, timeout=100)
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
         self.assertEqual(done.stdout.count("Next:"), 1)                   # one process prints
@@ -1016,7 +1065,8 @@ class TestPretraining(InFolder):
     def test_the_quick_run_needs_no_network_and_the_next_command_runs_as_printed(self):
         small = " --max-steps 1 --eval-batches 1 --n-layers 1 --emb-dim 12"
         for run, following in [
-                ("pretrain.py", "gpt.py --prompt='The import statement'"),
+                ("pretrain.py", "gpt.py --checkpoint checkpoints/pretrained.pt "
+                                "--prompt='The import statement'"),
                 (PRETRAIN + "--prompt Hi", "gpt.py --checkpoint run.pt --prompt=Hi")]:
             with mock.patch("requests.get", side_effect=AssertionError("network used")):
                 out = self.ok(run + small)
@@ -1062,14 +1112,14 @@ import torch._dynamo    # all optimizers need it: import it once, not in each ru
 def counted(*args, replace=os.replace):    # SIGKILL: no chance to clean up after `count` files
     global count
     replace(*args)
-    count -= 1
+    count -= ".tokens" not in str(args[1])
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
 os.replace = counted
 for command in sys.argv[1:]:
     script, *argv = shlex.split(command)
-    for count in (3, 4):
+    for count in (1, 2, 3, 4):
         if os.fork() == 0:
             sys.modules[script.removesuffix(".py")].main([*argv, "--out", f"{script}{count}.pt"])
         assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL
@@ -1079,20 +1129,22 @@ for command in sys.argv[1:]:
 class TestRuns(InFolder):
     def test_killed_and_resumed_each_script_ends_with_the_same_weights(self):
         # Files 1 and 2 are the state and the metrics, before the first step. Two steps later 3 is
-        # the state again, and 4 is the best model.
-        runs = [run + " --max-steps 4 --eval-every 2" for run in (
+        # the state again, and 4 is the best model. The plotting backend is one that there is not.
+        runs = [run + " --max-steps 6 --eval-every 2" for run in (
             "pretrain.py --init tiny.pt --data text.txt --dtype float32 --out run.pt",
             CLASSIFY + "--train lora",
             INSTRUCT + "--train lora --no-responses --batch-size 4 --grad-accum 2")]
         killed = subprocess.run([sys.executable, "-c", KILLED, *runs], capture_output=True,
-                                env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=100)
+                                env={**os.environ, "PYTHONPATH": str(ROOT),
+                                     "MPLBACKEND": "bogus"}, timeout=200)
         self.assertEqual(killed.returncode, 0, killed.stderr[-2000:])
         for run in runs:
             self.ok(run)
             expected, log = weights("run.pt"), Path("run.csv").read_bytes()
-            for count in (3, 4):
-                out = run.split()[0] + str(count)
-                self.assertIn("resumed", self.ok(f"{run} --out {out}.pt --resume"))
+            self.ok(f"{run} --out prolonged.pt --epochs 1 --max-steps 4")
+            killed = [run.split()[0] + str(count) for count in (1, 2, 3, 4)]
+            for out in [*killed, "prolonged"]:
+                self.assertIn("resumed", self.ok(f"{run} --out {out}.pt --epochs 3 --resume"))
                 self.assertTrue(torch.equal(weights(f"{out}.pt"), expected), out)
                 self.assertEqual(Path(f"{out}.csv").read_bytes(), log, out)
 
@@ -1351,7 +1403,8 @@ class TestLoadGPT2(InFolder):
 
         self.write(HUB_FILE, whole)
         for config, words in (("", "line 1"), ('{"n_head": 5}', "divisible"), ("{}", "--n-heads"),
-                              ('{"layer_norm_epsilon": 1e-6}', "config.json says")):
+                              ('{"layer_norm_epsilon": 1e-6}', "config.json says"),
+                              ("[" * 200_000, "RecursionError")):
             self.write("hub/config.json", config)
             self.refused(words)
 
@@ -1397,6 +1450,16 @@ class TestLoadGPT2(InFolder):
         with mock.patch.object(Path, "write_text", side_effect=OSError("disk full")):
             self.assertEqual(call("load_gpt2.py --checkpoint m.pt --export my-gpt")[0], 1)
         self.assertEqual(files(), before)
+
+    def test_an_export_stopped_at_a_rename_leaves_a_whole_model(self):
+        self.export(BYTES, "my-gpt")
+        for renames in ([KeyboardInterrupt], [mock.DEFAULT, KeyboardInterrupt]):
+            with mock.patch("os.rename", wraps=os.rename, side_effect=renames):
+                self.assertEqual(call("load_gpt2.py --checkpoint m.pt --export my-gpt")[0], 130)
+            left, = (name for name in ("my-gpt", "my-gpt.old.tmp") if Path(name).exists())
+            self.check_logits(load_gpt2.load_local(Path(left)))
+            self.ok("load_gpt2.py --checkpoint m.pt --export my-gpt")
+            self.assertEqual([*Path().glob("my-gpt*")], [Path("my-gpt")])
 
     def test_the_chat_template_writes_the_tokens_that_training_shows(self):
         import jinja2  # as transformers does it
@@ -1735,7 +1798,8 @@ class TestInstructions(InFolder):
     def test_what_is_no_record_is_named_with_its_names(self):
         good = '{"instruction": "a", "output": "b"}'
         for content, words in [
-                ("hello", "JSON list"), ('[{"instruction": "a", "output": 5}]', "0 records"),
+                ("hello", "JSON list"), ("[" * 200_000, "JSON list"),
+                ('[{"instruction": "a", "output": 5}]', "0 records"),
                 (f'[{good}, {{"output": "b", "label": 1}}]', "1 records.*names are output, label"),
                 (good.replace("}", ', "history": [["a"]]}'), "0 records"),
                 ('{"messages": [{"role": "tool", "content": "a"}]}', "tool")]:
@@ -1754,6 +1818,8 @@ class TestInstructions(InFolder):
         self.assertTrue(all(set(targets) > {-100} for _, targets in data))   # never a mean of none
         with self.assertRaisesRegex(UserError, "ask it shorter"):
             instruct.encode_prompt(unanswered, BYTES, "phi3", len(ANN_ROW))
+        with self.assertRaisesRegex(UserError, "shorten it"):
+            set_of({"instruction": "a" + " " * 10**6, "output": "b"})
 
     def chat(self, *lines, context=256):
         """(status, prompts that the model gets, what is printed) when it always says "Hello!"."""
@@ -1777,9 +1843,10 @@ class TestInstructions(InFolder):
         self.assertEqual(prompts[-1], ANN_ROW[:-4])           # what was stopped is forgotten
         _, prompts, _ = self.chat("I am Ann.", "/reset", "Who am I?", "/exit")
         self.assertEqual(prompts[-1], LAST_TURN[:-4])
-        _, prompts, out = self.chat("I am Ann.", "x" * 99, "Who am I?", "/exit", context=80)
+        _, prompts, out = self.chat("I am Ann.", "x" * 99, f"a{' ' * 10**6}b", "Who am I?", "/exit",
+                                    context=80)
         self.assertEqual(prompts[-1], LAST_TURN[:-4])
-        self.assertIn("no room for an answer", " ".join(out.split()))
+        self.assertRegex(" ".join(out.split()), "no room for an answer.*; shorten it")
         self.assertEqual(self.chat("Hi", KeyboardInterrupt)[0], 130)
 
     def test_answers_of_a_batch_are_those_of_each_prompt_alone(self):
@@ -1891,11 +1958,8 @@ class TestInstructRun(InFolder):
 
 class TestInstructRefusals(InFolder):
     def test_what_people_mistype_or_lack_is_a_sentence_and_changes_no_file(self):
-        for name, content in {
-                "one.json": '[{"instruction": "a", "output": "b"}]', "mine-responses.json": "[]",
-                "good-responses.json": json.dumps([{**RECORDS[0], "model_response": "A"}])}.items():
-            self.write(name, content)
-        url = serve(self, lambda request: send(request, b'{"message": {"content": ["x"]}}'))
+        self.write("one.json", '[{"instruction": "a", "output": "b"}]')
+        self.write("mine-responses.json", "[]")
         files = lambda: {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
         before = files()
         for command, words in {
@@ -1908,7 +1972,6 @@ class TestInstructRefusals(InFolder):
                 "finetune_instruct.py --chat": "make one with: python finetune_instruct.py",
                 f"finetune_instruct.py --checkpoint tiny.pt --ask {'x' * 99}": "shorter",
                 "finetune_instruct.py --judge x": "make it anew with: python finetune_instruct.py",
-                f"finetune_instruct.py --judge x --judge-url {url} --out good.pt": "ollama pull x",
         }.items():
             with self.subTest(command):
                 status, _, err = call(command)
@@ -1917,6 +1980,19 @@ class TestInstructRefusals(InFolder):
         self.assertEqual(files(), before)
         for flags in ("--test-data x", "--chat --ask x", "--lora-rank 0", "--temperature -1"):
             self.assertEqual(call(f"finetune_instruct.py {flags}")[0], 2, flags)
+
+    def test_edited_responses_and_a_judge_s_odd_reply_are_a_sentence_and_change_no_file(self):
+        good, edited = {**RECORDS[0], "model_response": "A"}, "run-responses.json cannot be used"
+        url = serve(self, lambda request: send(request, json.dumps(reply).encode()))
+        for entries, reply, words in [
+                (5, 5, edited), (None, 5, edited), ([1], 5, edited), ([RECORDS[0]], 5, edited),
+                ([{**good, "history": [5]}], 5, edited), ([{**good, "judge": 5}], 5, edited),
+                *(([good], odd, "ollama pull x") for odd in (
+                    5, None, [1], {"error": "busy"}, {"message": {"content": ["x"]}}))]:
+            self.write("run-responses.json", json.dumps(entries))
+            status, _, err = call(f"finetune_instruct.py --judge x --judge-url {url} --out run.pt")
+            self.assertEqual((status, words in " ".join(err.split())), (1, True), err)
+            self.assertEqual(json.loads(Path("run-responses.json").read_bytes()), entries)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def train_simple(text, num_merges):
 #     [ ]?\p{L}+               letters, and the space before:  "the"  " cat"
 #     [ ]?\p{N}+               digits, and the space before:   " 1908"
 #     [ ]?[^\s\p{L}\p{N}]+     other signs, and the space:     "..."  " ("
-#     \s+(?!\S)                white space; if text follows, its last character is left for " cat"
+#     \s+(?!\S)                white space; before text, all but the last, which is left for " cat"
 #     \s+                      white space that is left: a line break or tab before text
 #
 # Equal chunks merge equally, so training needs only the distinct ones, with their counts.
@@ -354,13 +354,13 @@ def train(args):
         read_rank_file(out)  # a file that is something else is not overwritten
 
     # The last tenth is held out, to measure on text that the training has not seen.
-    total = sum(file.stat().st_size for file in files)
+    total = sum(len(piece) for file in files for piece in read_pieces(file))
     size = max(256, min(total // 100, 1 << 18))
     learned, held_out, done = Counter(), Counter(), 0
     for piece in chain.from_iterable(read_pieces(file, size) for file in files):
         counts = learned if done < 0.9 * total else held_out
         counts.update(count_chunks(piece))
-        done += len(piece.encode("utf-8"))
+        done += len(piece)
         progress(f"counting, {len(learned):,} different chunks so far")
 
     tokenizer = BPETokenizer()
@@ -373,10 +373,8 @@ def train(args):
     if num_tokens:
         say("held out", f"{num_bytes / num_tokens:.2f} bytes per token (1 without merges)")
 
-    words = ["--data", *args.files, "--tokenizer", out]
-    if args.stories:
-        words = ["--preset", "stories"] + (["--tokenizer", out] if args.out else [])
-    print(f"\nNext:\n  python pretrain.py {shlex.join(map(str, words))}")
+    words = ["--preset", "stories"] if args.stories else ["--data", *map(str, args.files)]
+    print(f"\nNext:\n  python pretrain.py {shlex.join([*words, '--tokenizer', str(out)])}")
     return tokenizer
 
 
