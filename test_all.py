@@ -378,6 +378,8 @@ class TestTexts(InFolder):
             self.assertEqual(sum(piece.count(mark) for piece in pieces), 59)   # none is cut
         lines = "".join(json.dumps({"id": 1, "text": text}) + "\n\n" for text in documents)
         self.assertEqual("".join(self.pieces(lines, 10, "t.jsonl")), mark.join(documents) + mark)
+        half = self.pieces(r'{"text": "half an emoji \ud83d"}', 10, "t.jsonl")
+        self.assertEqual("".join(half), f"half an emoji ?{mark}")
 
     def test_pieces_are_the_whole_text_and_cut_where_its_tokens_are(self):
         text = "Some words, \n\n  and more\tof them 12345. " * 40
@@ -463,7 +465,9 @@ class TestTerminal(InFolder):
 
     def test_closed_streams_and_a_full_disk_are_no_traceback(self):
         gpt_py = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/gpt.py"
+        chat_py = gpt_py.replace("gpt.py", "finetune_instruct.py --chat --checkpoint tiny.pt <&-")
         for streams, status, words in [("<&- >&- 2>&-", 0, ""), ("| true", 0, ""),
+                                       (f">&- 2>&-; {chat_py} >&-", 0, ""),
                                        ("> /dev/full", 1, "gpt.py: .*No space left.*\n")]:
             done = subprocess.run(f"unset PYTHONUNBUFFERED; {gpt_py} {streams}", shell=True,
                                   timeout=60, capture_output=True, text=True)
@@ -699,11 +703,15 @@ class TestRefusals(InFolder):
     def test_wrong_arguments_in_python_are_an_error_that_says_why(self):
         model, infinite, small = tiny_model(), tiny_model(), tiny_model(vocab_size=100)
         infinite.out_head.weight.data[3, 3] = math.inf
+        two_specials = tiktoken.Encoding(
+            "mine", pat_str=BYTES._pat_str, mergeable_ranks=BYTES._mergeable_ranks,
+            special_tokens={"<|other|>": 256, "<|endoftext|>": 257})
         for words, function in [
                 ("top_p", lambda: generate(model, [1], 2, top_p=1.5)),
                 ("temperature", lambda: generate(model, [1], 2, temperature=-1)),
                 ("whole numbers", lambda: generate(model, [1.0, 2.0], 2)),
                 ("padding", lambda: generate(model, [[1], [2]], 2, padding=[1, 0])),
+                ("padding", lambda: generate(model, [1, 2], 2, padding=0)),
                 ("65 tokens do not fit", lambda: model(torch.zeros(1, 65, dtype=torch.long))),
                 ("loses text", lambda: gpt.make_tokenizer("mine", {}, "a*")),
                 ("a single byte has no rank", lambda: gpt.ranks_from_text("AA== 0\nAQ== 1")),
@@ -711,6 +719,7 @@ class TestRefusals(InFolder):
 
                 # What could not be loaded is not saved.
                 ("tiktoken", lambda: gpt.save_checkpoint("new.pt", model, object())),
+                ("one special token", lambda: gpt.save_checkpoint("new.pt", model, two_specials)),
                 ("not finite", lambda: gpt.save_checkpoint("new.pt", infinite, BYTES)),
                 ("more tokens", lambda: gpt.save_checkpoint("new.pt", small, BYTES)),
                 ("Unsupported|weights_only", lambda: gpt.save_checkpoint(
@@ -840,6 +849,9 @@ class TestTokenizer(InFolder):
         self.assertEqual(list(learned._mergeable_ranks)[256:], [b" a", b" ab"])
         self.assertIn("held out 1.50 bytes per token", out)  # " ab" is one, " xy" are three
         self.assertIn("python pretrain.py --data texts --tokenizer my.tiktoken", out)
+        self.write("a.jsonl", '{"url": "https://example.org/1", "text": "ab"}\n' * 100)
+        self.assertIn("held out 2.00 bytes per token", self.ok(
+            "tokenizer.py train a.jsonl --vocab-size 258 --out a.tiktoken"))  # not the markup
 
         # A file that is no vocabulary is not overwritten.
         self.assertEqual(call("tokenizer.py train texts --out text.txt")[0], 1)
@@ -1083,6 +1095,8 @@ class TestPretraining(InFolder):
         self.fails(run + "--context-length 65", "sees 64 tokens")
         self.write("short.txt", TEXT[:40])
         self.fails(run, "too short")
+        self.write("short.txt", "a" + " " * 1_500_000 + "b")
+        self.fails(run, "cannot be cut into tokens")
 
     def test_the_data_s_content_decides_whether_a_run_can_go_on(self):
         run = ("pretrain.py --init tiny.pt --data text.txt --dtype float32 --eval-every 2 "
@@ -1438,6 +1452,15 @@ class TestLoadGPT2(InFolder):
             tokens = re.sub(pair, lambda match: a + b, tokens)
         self.assertEqual([model["vocab"][token] for token in tokens.split()], trained.encode(text))
 
+        # The same vocabulary in the older form, in two files.
+        self.write("my-gpt/vocab.json", json.dumps({**model["vocab"], gpt.END_OF_TEXT: V - 1}))
+        self.write("my-gpt/merges.txt", "#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])))
+        os.remove("my-gpt/tokenizer.json")
+        self.ok("load_gpt2.py --from my-gpt --out back.pt")
+        self.assertEqual(gpt.load_checkpoint("back.pt")[1].encode(text), trained.encode(text))
+        self.write("my-gpt/added_tokens.json", '{"<pad>": 400}')
+        self.refused("added tokens", "my-gpt")
+
     def test_an_export_replaces_its_own_files_alone_and_only_when_it_is_whole(self):
         self.export(BYTES, "my-gpt", "m.gguf", "m.gguf --quantize q8_0", "my-gpt", "noted")
         self.write("noted/README.md", "about my model")
@@ -1664,6 +1687,7 @@ class TestClassifierRefusals(InFolder):
             self.write(name, content)
         for command, words in {
                 CLASSIFY + "--data one.tsv": "40 texts of 'ham'; give at least two classes",
+                CLASSIFY + "--data my.jsonl": "my.jsonl is JSON",
                 CLASSIFY + "--data mixed.csv": "line 2: 3 columns, expected 2 (divided by ';'",
                 CLASSIFY + "--data quote.csv": "quote.csv, line 2",
                 CLASSIFY + "--label-column stars": "no two columns stars and text",
@@ -1987,6 +2011,7 @@ class TestInstructRefusals(InFolder):
         for entries, reply, words in [
                 (5, 5, edited), (None, 5, edited), ([1], 5, edited), ([RECORDS[0]], 5, edited),
                 ([{**good, "history": [5]}], 5, edited), ([{**good, "judge": 5}], 5, edited),
+                ([{**good, "judge": {"model": "x", "score": "5"}}], 5, edited),
                 *(([good], odd, "ollama pull x") for odd in (
                     5, None, [1], {"error": "busy"}, {"message": {"content": ["x"]}}))]:
             self.write("run-responses.json", json.dumps(entries))
