@@ -18,6 +18,7 @@ import io
 import itertools
 import math
 import random
+import re
 import shlex
 import sys
 import zipfile
@@ -97,8 +98,7 @@ class SpamDataset(Dataset):
     def __init__(self, examples, tokenizer, max_length=None, class_names=("ham", "spam")):
         check_examples(examples, class_names)
         self.examples = examples
-        numbers = {label: i for i, label in enumerate(class_names)}
-        self.labels = torch.tensor([numbers[label] for label, _ in examples])
+        self.labels = torch.tensor([class_names.index(label) for label, _ in examples])
         self.rows = [encode(text, tokenizer, max_length) for _, text in examples]
         self.max_length = max(map(len, self.rows))  # of the longest text
 
@@ -389,10 +389,8 @@ SMS_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"
 
 def check_examples(examples, class_names=None):
     """Raises ValueError unless `examples` is a list of (label, text), with these labels."""
-    pairs = [example for example in examples if isinstance(example, (tuple, list))]
-    labels = {label for label, _ in pairs}
-    texts = {text for _, text in pairs}
-    if not pairs or len(labels) > max(2, len(texts)):  # each text as a label: swapped
+    labels = {example[0] for example in examples if isinstance(example, (tuple, list))}
+    if not labels:
         raise ValueError('expected a list of (label, text), such as [("ham", "see you"), ...]; '
                          'a DataFrame gives one by list(zip(df["Label"], df["Text"]))')
     if class_names and not labels <= set(class_names):
@@ -421,7 +419,7 @@ def read_labelled_texts(path, text_column="text", label_column="label"):
     if Path(path).suffix.lower() in (".json", ".jsonl"):
         raise UserError(f"{path} is JSON; make a table of it, with a text and a label in each line")
     text = read_text(path)
-    first_line = text.lstrip().partition("\n")[0]
+    first_line = re.sub('"[^"]*"', "", text.lstrip(" \r\n").partition("\n")[0])  # not in quotes
     divider = "\t" if "\t" in first_line else max(",;", key=first_line.count)
 
     # subtle: between tabs a quote is a character like any other. A reader that honours quotes

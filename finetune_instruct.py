@@ -363,6 +363,7 @@ def score_responses(model, tokenizer, entries, style="alpaca"):
     perplexity: with 5, the model is as unsure as if it chose among 5 equally likely tokens.
     """
     context, device = model.cfg["context_length"], model.tok_emb.weight.device
+    model.eval()
     for i, entry in enumerate(entries, 1):
         entry["exact_match"] = entry["model_response"] == entry["output"].strip()
         entry["token_f1"] = round(token_f1(entry["model_response"], entry["output"]), 4)
@@ -523,7 +524,10 @@ def to_entry(record):
 
     # Joining fails unless all of them are texts.
     "".join([entry["instruction"], entry["input"], entry["output"]])
-    for question, answer in entry["history"]:
+    for turn in entry["history"]:
+        if not isinstance(turn, (list, tuple)):
+            raise ValueError("a history has pairs, [question, answer]")
+        question, answer = turn
         "".join([question, answer])
     return entry
 
@@ -636,8 +640,7 @@ def finetune(args):
     keep_freed_memory(largest=1 << 25)  # larger blocks vary in size and would pile up
     start = find_start(args.init, ("gpt2-355M.pt", "gpt2-124M.pt", "stories.pt", "pretrained.pt"),
                        "This stage teaches a language model to follow instructions.")
-    check_output(args, args.data, args.val_data, args.test_data, start,
-                 endings=("-resume.pt", ".csv", ".png", "-responses.json"))
+    check_output(args, args.data, args.val_data, args.test_data, start)
     data = args.data or download(RECORDS_URLS, Path("data/instruction-data.json"), RECORDS_SHA256)
 
     # The model and the records.

@@ -1238,8 +1238,9 @@ def run_main(main):
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # None: it was closed
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="replace")  # what is not UTF-8 becomes ?, and it goes on
 
     status, message = 1, ""
     try:
@@ -1337,7 +1338,7 @@ def beside(out, ending):
     return out.with_name(out.stem + ending)
 
 
-def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png")):
+def check_output(args, *inputs, endings=("-resume.pt", ".csv", ".png", "-responses.json")):
     """Find out before the work that --out can be written and nothing is lost. UserError, OSError.
 
     With --resume, if the run is complete, says so and exits.

@@ -1544,7 +1544,9 @@ class TestClassifier(InFolder):
         csv.writer(semicolon, delimiter=";").writerows([("label", "text"), *said])
         for content, columns, expected in [
                 ("\ufeff" + comma.getvalue(), (), said), (semicolon.getvalue(), (), said),
-                (tsv, ("text", "stars"), stars), (tsv, ("TEXT", "3"), stars)]:
+                (tsv, ("text", "stars"), stars), (tsv, ("TEXT", "3"), stars),
+                ('a,"u; v; w"\n' * 9, (), [("a", "u; v; w")] * 9),
+                ("\tno label\n" + "a\tx\n" * 9, (), [("a", "x")] * 9)]:
             self.write("table", content)
             self.assertEqual(quietly(clf.read_labelled_texts, "table", *columns), expected)
 
@@ -1677,6 +1679,8 @@ class TestClassifierRun(InFolder):
         out = self.ok(CLASSIFY + "--val-data val.tsv --test-data test.csv")
         self.assertIn("80 to train, 3 to validate, 3 to test", out)
         self.assertIn("of 3 texts are right", out)
+        same_texts = [("a", "hi"), ("b", "hi"), ("c", "hi")]          # odd, but no mistake
+        self.assertEqual(len(clf.SpamDataset(same_texts, BYTES, class_names="abc")), 3)
 
 
 class TestClassifierRefusals(InFolder):
@@ -1711,7 +1715,7 @@ class TestClassifierRefusals(InFolder):
         for words, function, *args in [
                 ("train must be", clf.freeze, model, "last_block"),
                 ("DataFrame", clf.create_balanced_dataset, frame),
-                ("a list of", clf.create_balanced_dataset, swapped),
+                ("lacks", clf.SpamDataset, swapped, BYTES),
                 ("lacks {'eggs'}", clf.SpamDataset, [("ham", "hi"), ("eggs", "and ham")], BYTES),
                 ("is empty", clf.classify_texts, ["a", ""], model, BYTES, "cpu"),
                 ("3 classes", clf.classify_review, "see you", model, BYTES, "cpu")]:
@@ -1826,6 +1830,7 @@ class TestInstructions(InFolder):
                 ('[{"instruction": "a", "output": 5}]', "0 records"),
                 (f'[{good}, {{"output": "b", "label": 1}}]', "1 records.*names are output, label"),
                 (good.replace("}", ', "history": [["a"]]}'), "0 records"),
+                (good.replace("}", ', "history": [{"question": "a", "answer": "b"}]}'), "pairs"),
                 ('{"messages": [{"role": "tool", "content": "a"}]}', "tool")]:
             self.write("r.json", content)
             with self.subTest(words), self.assertRaisesRegex(UserError, f"(?s)r.json.*{words}"):
@@ -1872,6 +1877,9 @@ class TestInstructions(InFolder):
         self.assertEqual(prompts[-1], LAST_TURN[:-4])
         self.assertRegex(" ".join(out.split()), "no room for an answer.*; shorten it")
         self.assertEqual(self.chat("Hi", KeyboardInterrupt)[0], 130)
+        latin1 = io.TextIOWrapper(io.BytesIO("café".encode("latin-1")), encoding="utf-8")
+        with mock.patch("sys.stdin", latin1):
+            self.ok("finetune_instruct.py --chat --checkpoint chat.pt --max-new-tokens 1")
 
     def test_answers_of_a_batch_are_those_of_each_prompt_alone(self):
         model = tiny_model(spread=0.3)
@@ -1907,7 +1915,7 @@ class TestInstructions(InFolder):
                                         ("a a", "b", 0), ("", "b", 0), ("?", "?", 1)):
             self.assertAlmostEqual(instruct.token_f1(answer, truth), expected)
         model, entry = tiny_model(spread=0.3, context_length=128), {**ANN, "model_response": "Ann."}
-        means = instruct.score_responses(model, BYTES, [entry], "phi3")
+        means = instruct.score_responses(model.train(), BYTES, [entry], "phi3")
         logits = model(torch.tensor([ANN_ROW]))[0, -5:]
         expected = F.cross_entropy(logits, torch.tensor([*b"Ann.", 256])).item()
         self.assertAlmostEqual(means["response_loss"], expected, places=3)
