@@ -261,7 +261,8 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
 
     # Without the first row: it was measured before any training, and has no training loss.
     names = "train_loss", "val_loss", "train_accuracy", "val_accuracy"
-    return *([row[name] for row in run.rows[1:]] for name in names), examples_seen
+    lists = [[row[name] for row in run.rows[1:]] for name in names]
+    return *lists, examples_seen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def report(class_names, labels, predicted, commonest):
 # Try it:
 # 1. What does the head alone reach, when the last block keeps reading for the next token?
 #        python finetune_classifier.py --train head --out checkpoints/head.pt
-# 2. Leave most texts ham, and compare the baseline and the recall of spam with those above:
+# 2. Leave most texts ham. Compare the baseline and spam's recall with a run without options:
 #        python finetune_classifier.py --no-balance --out checkpoints/unbalanced.pt
 # 3. Why the last token? In classify_batch write `0 * lengths` instead of `lengths - 1`: the first
 #    token has seen only itself. Which accuracy do you expect?

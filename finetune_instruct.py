@@ -329,15 +329,14 @@ def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens
         idx = [[end] * n + prompt for n, prompt in zip(padding, prompts)]    # (B, T)
 
         # The shortest prompt has room for the most new tokens, so generate that many for all rows.
-        # When the window of `generate` slides, a row loses its padding first, then text: so only
-        # the tokens that fit the context are kept, up to the end of text. The `end` added here
-        # makes sure that there is one.
+        # A longer prompt's row gets too many: the last ones were made when its start had slid out
+        # of the window. They are dropped, and what follows the end of text.
         room = context - len(prompts[0])
         out = generate(model, idx, min(max_new_tokens, room), eos_id=end, padding=padding)
         for entry, prompt, row in zip(batch, prompts, out.tolist()):
-            answer = [*row[longest:longest + context - len(prompt)], end]
-            answer = torch.tensor(answer[:answer.index(end)])
-            entry["model_response"] = token_ids_to_text(answer, tokenizer).strip()
+            answer = row[longest:longest + context - len(prompt)]
+            answer = [*itertools.takewhile(lambda token: token != end, answer)]
+            entry["model_response"] = token_ids_to_text(torch.tensor(answer), tokenizer).strip()
         progress(f"answering, {start + len(batch)} of {len(pairs)} records")
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-with contextlib.suppress(ValueError):  # in a thread
+with contextlib.suppress(ValueError):  # raised where gpt.py is imported in a thread
     signal.signal(signal.SIGINT, on_ctrl_c)
 
 GPT_CONFIG_124M = {
@@ -752,7 +752,8 @@ def pick_dtype(name="auto", device="cpu"):
     """The type of matrix products; `auto`: bfloat16 where the processor has instructions for it."""
     if name != "auto":
         return getattr(torch, name)
-    has = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
+    find = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.6 cannot tell: float32
+    has = find() if torch.device(device).type == "cpu" else {}
     fast = has.get("avx512_bf16") or has.get("amx_bf16")
     if torch.device(device).type == "cuda":
         fast = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere and later

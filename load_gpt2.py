@@ -7,6 +7,7 @@
     python load_gpt2.py --checkpoint checkpoints/pretrained.pt --export my-gpt/      transformers
     python load_gpt2.py --checkpoint checkpoints/pretrained.pt --export my-gpt.gguf  llama.cpp
 
+transformers is Hugging Face's Python library of models; llama.cpp runs models without Python.
 Three kinds of files are read: safetensors (Hugging Face's hub), OpenAI's original TensorFlow
 checkpoint, and what `torch.save(model.state_dict(), "model.pth")` writes. C is the embedding width,
 T the context length, V the vocabulary size.
@@ -279,7 +280,7 @@ def demonstrate(model, tokenizer, prompt, max_new_tokens):
 
 MARK = "written by load_gpt2.py"  # in each exported file; no file without it is overwritten
 
-# How a tokenizer.json says that text is split as GPT-2 does it, and nothing else done to it.
+# For tokenizer.json, the tokenizer's file in transformers: split text as GPT-2 does, no more.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
               "use_regex": True}
 
@@ -303,7 +304,7 @@ def vocabulary(tokenizer):
     A byte may be a space or a part of a character; `BYTE_OF_LETTER` (gpt.py) has a letter for each.
     A tokenizer keeps each token with its rank, but not the two tokens of which it was made. So
     every way to cut a token into two known ones is listed, in the order of the ranks. It gives the
-    same IDs, as any two neighbours that form a token may merge, the lowest rank first.
+    same IDs: tokenizer.py, too, merges any neighbours that form a token, the lowest rank first.
     """
     if tokenizer._pat_str != GPT2_SPLIT_PATTERN:
         raise UserError("only tokenizers that split text as GPT-2 does can be exported")
@@ -317,14 +318,16 @@ def vocabulary(tokenizer):
 
 
 def chat_template(texts):
-    """The texts of a prompt style -> a template that tells how to write a conversation.
+    """The texts of a prompt style -> a template: a program that writes a conversation as text.
 
-    They are an entry of PROMPT_STYLES (finetune_instruct.py). A model that was finetuned on
-    instructions brings them along. In the template's language, Jinja, {{ }} inserts a text and
-    {% %} is a command. It gives what training
-    shows: the text "instruction", a question, the text "output", the answer
-    and the end of text, for each turn. A system message, with what the model shall be like, stands
-    before the first question.
+    `texts` is an entry of PROMPT_STYLES (finetune_instruct.py); a model finetuned on instructions
+    brings it along. A conversation is a list of messages, each with a content and a role: user,
+    assistant, or, before the first question, system (what the model shall be like). In the
+    template's language, Jinja, {{ }} inserts a text and {% %} is a command. `loop.index0` is the
+    number of the message. `add_generation_prompt` says that an answer is wanted.
+
+    For each turn it writes, as in training, the text "instruction", the question, the text
+    "output", the answer and the end of text.
     """
     before, after = json.dumps(texts["instruction"]), json.dumps(texts["output"])
     return ("{% for message in messages %}"
@@ -369,7 +372,7 @@ def folder_files(cfg, tokenizer, template):
 def export_folder(model, tokenizer, template, folder):
     """Write what transformers' `from_pretrained(folder)` opens. Raises UserError, OSError.
 
-    Whenever it is stopped, a whole model is left. Between the two renames it is FOLDER.old.tmp.
+    Stopped at any moment, it leaves a whole model: between the two renames in FOLDER.old.tmp.
     """
     folder = Path(folder).resolve()
     check_ours(folder)
@@ -394,7 +397,7 @@ def export_folder(model, tokenizer, template, folder):
     encoded = json.dumps(header).encode()
     with open(new / "model.safetensors", "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.writelines(arrays.values())
+        file.writelines(arrays.values())  # an array is written as its bytes
 
     # Put the old folder aside, then the new one in its place.
     if folder.exists():

@@ -83,7 +83,7 @@ def create_dataloader_v1(txt, batch_size=4, max_length=256, stride=128, shuffle=
 #
 # Losses per token of two vocabularies cannot be compared, as one's tokens may be longer. Losses per
 # byte can. 1.034 nats are 1.034 / ln 2 = 1.49 bits; if a token has 4 bytes on average, that makes
-# 0.37 bits per byte. A program that compresses text with the model needs as many for each byte.
+# 0.37 bits per byte: what a program that compresses text with the model needs for each byte.
 #
 # The training loss is measured on what the model learns from, the validation loss on text that it
 # has never seen. While both fall, the model learns the language. When the validation loss rises and
@@ -205,14 +205,15 @@ class Muon(torch.optim.Optimizer):
                 # The average, with the newest gradient counted once more (Nesterov's momentum).
                 update = self.orthogonal(p.grad.lerp(average, group["momentum"]))
 
-                # Weight decay, then the step. A tall matrix has more outputs than inputs: its step
-                # is spread over more numbers, and each output changes less. So it is made longer.
+                # Weight decay, then the step. A tall matrix has more outputs than inputs. They share
+                # the step, so each changes less than in a square matrix: it is made longer.
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
     def orthogonal(self, update):
         """Move the singular values of a matrix near 1, in five rounds."""
-        X = update.to(self.dtype) / (update.norm() + 1e-7)  # now no singular value is above 1
+        # norm() is the root of the sum of the squared singular values: now none is above 1.
+        X = update.to(self.dtype) / (update.norm() + 1e-7)
         tall = X.shape[0] > X.shape[1]
         X = X.T if tall else X  # the smaller square, X X^T, is less work
         for _ in range(5):
@@ -307,7 +308,8 @@ def train_model(run, train_rows, val_rows, device, dtype):
     # reads its share of every batch, and backward() averages the gradients over all.
     rank, world = process_number()
 
-    # The same weights: compiled if asked, and gradients are averaged over several processes.
+    # It has the same weights. It is compiled if asked, and with several processes its backward()
+    # averages the gradients.
     fast_model = compile_and_share(model, args.compile)
     rows_per_step = args.batch_size * args.grad_accum
     steps_per_epoch = len(train_rows) // rows_per_step

@@ -938,12 +938,6 @@ class TestPretraining(InFolder):
         self.assertEqual(targets[:2].tolist(), [[367, 2885, 1464, 1807], [3619, 402, 271, 10899]])
 
         # The losses are those of the package llms-from-scratch 1.0.19, seeds and all.
-        torch.manual_seed(123)
-        loader = pretrain.create_dataloader_v1(text[:int(0.9 * len(text))], 2, 256, stride=256)
-        torch.manual_seed(123)
-        model = GPTModel({**TINY, "vocab_size": 50257, "context_length": 256, "emb_dim": 48,
-                          "n_heads": 4})
-        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
         losses, calc_loss_batch = [], pretrain.calc_loss_batch
 
         def noted(*args):
@@ -951,13 +945,27 @@ class TestPretraining(InFolder):
             losses.append(loss.item())
             return loss
 
-        with mock.patch.multiple(pretrain, calc_loss_batch=noted, evaluate_model=lambda *_: (0, 0),
-                                 generate_and_print_sample=mock.Mock()):
-            quietly(pretrain.train_model_simple, model, loader, [], optimizer, "cpu", 2, 99, 0,
-                    "", None)
-        expected = [10.9837, 10.9965, 10.9899, 10.9854, 10.9826, 10.9601, 11.0129,
-                    10.9683, 10.9233, 10.9072]
-        np.testing.assert_allclose(losses[:10], expected, atol=1e-3)
+        for drop_rate, expected in [
+                (0.0, [10.9820, 10.9910, 10.9753, 10.9875, 10.9903, 10.9488, 11.0143, 10.9587,
+                       10.9110, 10.9038]),
+                (0.1, [10.9837, 10.9965, 10.9899, 10.9854, 10.9826, 10.9601, 11.0129, 10.9683,
+                       10.9233, 10.9072])]:
+            torch.manual_seed(123)
+            if drop_rate and F.dropout(torch.ones(4000), 0.5).sum() != 4004:
+                continue                           # this torch draws other numbers for dropout
+            torch.manual_seed(123)
+            loader = pretrain.create_dataloader_v1(text[:int(0.9 * len(text))], 2, 256, stride=256)
+            torch.manual_seed(123)
+            model = GPTModel({**TINY, "vocab_size": 50257, "context_length": 256, "emb_dim": 48,
+                              "n_heads": 4, "drop_rate": drop_rate})
+            optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
+            losses.clear()
+            with mock.patch.multiple(pretrain, calc_loss_batch=noted,
+                                     evaluate_model=lambda *_: (0, 0),
+                                     generate_and_print_sample=mock.Mock()):
+                quietly(pretrain.train_model_simple, model, loader, [], optimizer, "cpu", 2, 99,
+                        0, "", None)
+            np.testing.assert_allclose(losses[:10], expected, atol=1e-3)
 
     def test_the_simple_loop_learns_and_reports_every_evaluation(self):
         data, model = pretrain.GPTDatasetV1(TEXT, BYTES, 16, stride=16), tiny_model(drop_rate=0.0)
@@ -1605,7 +1613,7 @@ class TestClassifier(InFolder):
             self.ok(run)
             once = weights("run.pt")
             self.ok(run + "--batch-size 4 --grad-accum 2")
-            torch.testing.assert_close(weights("run.pt"), once, atol=1e-4, rtol=0)
+            torch.testing.assert_close(weights("run.pt"), once, atol=1e-3, rtol=0)
 
             model = gpt.load_checkpoint("tiny.pt")[0]
             start = {name: t.clone() for name, t in model.state_dict().items()}
@@ -1625,7 +1633,7 @@ class TestClassifier(InFolder):
                 loss.backward()
                 optimizer.step()
             plain = torch.cat([t.flatten() for t in gpt.merge_lora(model).state_dict().values()])
-            torch.testing.assert_close(once, plain, atol=1e-4, rtol=0)
+            torch.testing.assert_close(once, plain, atol=1e-3, rtol=0)
             for name, t in torch.load("run.pt", weights_only=True)["model"].items():
                 same = name in start and torch.equal(start[name], t)
                 self.assertEqual(same, not re.match(learns, name), f"{mode}: {name}")

@@ -127,7 +127,8 @@ def train_simple(text, num_merges):
 #     [ ]?\p{L}+               letters, and the space before:  "the"  " cat"
 #     [ ]?\p{N}+               digits, and the space before:   " 1908"
 #     [ ]?[^\s\p{L}\p{N}]+     other signs, and the space:     "..."  " ("
-#     \s+(?!\S)                white space; before text, all but the last, which is left for " cat"
+#     \s+(?!\S)                white space: at the end, all; before text, all but the last sign,
+#                              which is left for " cat"
 #     \s+                      white space that is left: a line break or tab before text
 #
 # Equal chunks merge equally, so training needs only the distinct ones, with their counts.
