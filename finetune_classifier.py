@@ -136,7 +136,7 @@ def freeze(model, train="last-block", rank=16, alpha=16):
     "last-block"  also the last block and the final norm (section 6.5). The first blocks find what
                   every task needs; the last one gathers what the next token depends on, and has to
                   gather something else now.
-    "lora"        the head, and a small correction to each matrix in the blocks, as wide as `rank`
+    "lora"        the head, and a small correction to each matrix in the blocks, of rank `rank`
                   (appendix E; Hu et al. 2021; class LoRALayer in gpt.py explains it)
     "all"         everything
     """
@@ -150,7 +150,8 @@ def freeze(model, train="last-block", rank=16, alpha=16):
     if train == "lora":
         replace_linear_with_lora(model.trf_blocks, rank, alpha)
 
-    # Without dropout, as in the book, what is frozen gives the same output in every epoch.
+    # No dropout, as in the book. So what is frozen gives the same output in every epoch, and can be
+    # computed once.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -55,7 +55,7 @@ PROMPT_STYLES = {  # the text put before a record's instruction, input and outpu
 
 
 def format_input(entry, style="alpaca"):
-    """A record -> the text that asks its (last) question. Section 7.2."""
+    """A record -> the text that asks its question; earlier turns are not in it. Section 7.2."""
     before = PROMPT_STYLES[style]
     text = before["instruction"] + entry["instruction"]
     if entry.get("input"):
@@ -147,7 +147,7 @@ class InstructionDataset(Dataset):
         for entry in data:
             ids, learned = encode_entry(entry, tokenizer, style, max_length + 1)
             if set(learned[:max_length]) == {-100}:
-                continue  # the question alone fills the row
+                continue  # the question fills the inputs; at most one token of the answer is left
 
             # A place's target is the next token: `max_length` places need one token more. The last
             # token is only a target, so `ids[:-1]`.
@@ -193,8 +193,8 @@ def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_
 
 
 class LikeLengths:
-    """Batches of row numbers for a DataLoader, in a new random order each time. Rows of like length
-    stand together, with little padding: that saves a seventh of the work."""
+    """Batches of row numbers for a DataLoader, in a new random order each time. Rows of similar
+    length stand together, with little padding: that saves a seventh of the work."""
 
     def __init__(self, dataset, batch_size):
         self.lengths, self.batch_size = [len(inputs) for inputs, _ in dataset], batch_size
@@ -278,8 +278,8 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
             break
 
         # The batches of this step, the k-th of its epoch. The loader shuffles anew in each epoch,
-        # from the epoch's seed (-1 sets it apart from a step's, below). A resumed run skips the
-        # batches that it has seen.
+        # from a seed for the epoch; the -1 keeps it apart from the seeds of the steps, below. A
+        # resumed run skips the batches that it has seen.
         epoch, k = divmod(run.step, steps_per_epoch)
         if batches is None or k == 0:
             torch.manual_seed(hash((seed, -1, epoch)))
@@ -319,7 +319,7 @@ def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens
     """
     context, end = model.cfg["context_length"], tokenizer.eot_token
 
-    # Prompts of like length go together, so that little is padded.
+    # Prompts of similar length go together, so that little is padded.
     pairs = [(encode_prompt(entry, tokenizer, style, context), entry) for entry in entries]
     pairs.sort(key=lambda pair: len(pair[0]))
     for start in range(0, len(pairs), batch_size):

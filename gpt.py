@@ -69,7 +69,7 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 #
 # The numbers begin at random and are learned like all others; tokens that are used alike end up
 # with similar rows. A second table has a row per position, which is added to the token's. Without
-# it, attention as in the first classes below could not tell "dog bites man" from "man bites dog".
+# it, attention that also looks ahead could not tell "dog bites man" from "man bites dog".
 # Book sections 2.7 and 2.8.
 
 # ---------------------------------------------------------------------------------------------
@@ -524,7 +524,7 @@ def generate_stream(model, idx, max_new_tokens, context_size=None, temperature=0
             # context, the window slides, and all positions change: read the whole window anew.
             idx_new = idx[:, -1:]
             if cache is None or length > context_size:
-                first = max(0, length - context_size)  # padding to the left of it is gone
+                first = max(0, length - context_size)  # the window's; padding before it is gone
                 cache = KVCache(model, B, min(context_size, T + max_new_tokens),
                                 (padding - first).clamp(min=0))
                 idx_new = idx[:, first:]
@@ -583,8 +583,8 @@ def attention_weights(model, idx, layer):
 # ---------------------------------------------------------------------------------------------
 # LoRA (low-rank adaptation): leave a trained matrix as it is and learn a small correction. Hu et
 # al. 2021; appendix E. A matrix of 768 x 768 has 589,824 numbers. A correction of rank 16, the
-# product of a 768 x 16 and a 16 x 768 matrix, has 24,576. Gradients and the optimizer's averages
-# are kept for these alone.
+# product of a 768 x 16 and a 16 x 768 matrix, has 24,576. Gradients, and what the optimizer
+# remembers of them, are kept for these alone.
 
 class LoRALayer(nn.Module):
     """x (..., in_dim) -> x A B * alpha / rank (..., out_dim).
@@ -621,8 +621,8 @@ def replace_linear_with_lora(model, rank, alpha):
     """Wrap every linear layer inside `model`, in place. Freeze the parameters before:
     `model.requires_grad_(False)`.
 
-    Two kinds are left alone: layers that are wrapped already, and a tied head, which shares its
-    matrix with the embedding: merging would change the embedding, too.
+    Two kinds are left alone: layers that are wrapped already, and a tied head. It shares its
+    matrix with the embedding, which `merge_lora`, below, would change, too.
     """
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     for parent in list(model.modules()):

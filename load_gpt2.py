@@ -7,7 +7,8 @@
     python load_gpt2.py --checkpoint checkpoints/pretrained.pt --export my-gpt/      transformers
     python load_gpt2.py --checkpoint checkpoints/pretrained.pt --export my-gpt.gguf  llama.cpp
 
-transformers is Hugging Face's Python library of models; llama.cpp runs models without Python.
+The hub is Hugging Face's website for models, transformers its Python library; llama.cpp is a
+program that runs models without Python.
 Three kinds of files are read: safetensors (Hugging Face's hub), OpenAI's original TensorFlow
 checkpoint, and what `torch.save(model.state_dict(), "model.pth")` writes. C is the embedding width,
 T the context length, V the vocabulary size.
@@ -259,10 +260,11 @@ def calc_text_loss(model, tokenizer, text):
 
 
 def demonstrate(model, tokenizer, prompt, max_new_tokens):
-    """Continue a text greedily and measure a loss, each beside what the book shows for 124M."""
+    """Continue a text by its likeliest tokens, measure a loss; beside each, the book's for 124M."""
     ids = generate(model, text_to_token_ids(prompt, tokenizer), max_new_tokens,
                    eos_id=tokenizer.eot_token)
-    say("text", f"the greedy continuation of {prompt!r}:\n{token_ids_to_text(ids, tokenizer)}")
+    say("text", f"{prompt!r}, continued by the likeliest tokens:\n"
+        + token_ids_to_text(ids, tokenizer))
     say("book", "GPT-2 124M, section 6.4: Every effort moves you forward. / The first step is to "
         "understand the importance of your work")
 
@@ -320,9 +322,9 @@ def vocabulary(tokenizer):
 def chat_template(texts):
     """The texts of a prompt style -> a template: a program that writes a conversation as text.
 
-    `texts` is an entry of PROMPT_STYLES (finetune_instruct.py); a model finetuned on instructions
-    brings it along. A conversation is a list of messages, each with a content and a role: user,
-    assistant, or, before the first question, system (what the model shall be like). In the
+    `texts` is an entry of PROMPT_STYLES (finetune_instruct.py), saved in the checkpoint of a model
+    finetuned on instructions. A conversation is a list of messages, each with a content and a role:
+    user, assistant, or, before the first question, system (what the model shall be like). In the
     template's language, Jinja, {{ }} inserts a text and {% %} is a command. `loop.index0` is the
     number of the message. `add_generation_prompt` says that an answer is wanted.
 

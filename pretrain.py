@@ -205,8 +205,8 @@ class Muon(torch.optim.Optimizer):
                 # The average, with the newest gradient counted once more (Nesterov's momentum).
                 update = self.orthogonal(p.grad.lerp(average, group["momentum"]))
 
-                # Weight decay, then the step. A tall matrix has more outputs than inputs. They share
-                # the step, so each changes less than in a square matrix: it is made longer.
+                # Weight decay, then the step. A tall matrix has more outputs than inputs. They
+                # share the step, so each changes less than in a square matrix: it is made longer.
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -242,7 +242,8 @@ def make_optimizers(model, optimizer, lr, weight_decay, dtype=torch.float32):
         optimizers = [Muon(matrices, lr, weight_decay=weight_decay, dtype=dtype),
                       AdamW(rest, 0.15 * lr, betas, weight_decay=0, fused=True)]
 
-    # Keep each learning rate: the loop sets that of a step to `peak_lr` times `lr_factor`, below.
+    # Remember each learning rate as the peak: for each step the loop sets it to `peak_lr` times
+    # `lr_factor`, below.
     for group in (group for o in optimizers for group in o.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers

@@ -1462,7 +1462,8 @@ class TestLoadGPT2(InFolder):
 
         # The same vocabulary in the older form, in two files.
         self.write("my-gpt/vocab.json", json.dumps({**model["vocab"], gpt.END_OF_TEXT: V - 1}))
-        self.write("my-gpt/merges.txt", "#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])))
+        merges = "\n".join(map(" ".join, model["merges"]))
+        self.write("my-gpt/merges.txt", f"#version: 0.2\n{merges}")
         os.remove("my-gpt/tokenizer.json")
         self.ok("load_gpt2.py --from my-gpt --out back.pt")
         self.assertEqual(gpt.load_checkpoint("back.pt")[1].encode(text), trained.encode(text))
