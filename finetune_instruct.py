@@ -667,6 +667,8 @@ def finetune(args):
     steps = args.epochs * math.ceil(len(train_loader) / args.grad_accum)
     run = Run(min(steps, args.max_steps or steps), args, model, [optimizer], tokenizer, settings,
               prompt_style=style, prompt_texts=PROMPT_STYLES[style])
+
+    # Each evaluation asks the first question of the validation records.
     question = tokenizer.decode(encode_prompt(val_set.data[0], tokenizer, style, context))
     train_model_simple(model, train_loader, val_loader, optimizer, device, args.epochs,
                        args.eval_every, None, question, tokenizer, run, dtype, args.grad_accum,
@@ -692,6 +694,8 @@ def main(argv=None):
     arg("--val-data", type=path, help="records to validate on; then --data only trains")
     arg("--test-data", type=path, help="records to answer, beside --val-data")
     arg("--init", type=path, help="where to start; default: the best model in checkpoints/")
+
+    # How it is trained, and what it answers then.
     arg("--prompt-style", choices=list(PROMPT_STYLES), help="default: the checkpoint's; else "
         "alpaca, or the shorter phi3 for a context below 512 tokens")
     arg("--mask-prompt", action=argparse.BooleanOptionalAction, default=True,

@@ -966,6 +966,8 @@ def read_checkpoint(path, kind):
     for name, t in weights.items():
         if t.dtype != torch.float32 or not t.is_contiguous() or not t.sum().isfinite():
             raise ValueError(f"{name} has numbers that are not finite, or not float32")
+
+    # The tokenizer.
     spec = saved.pop("tokenizer")
     tokenizer = named_tokenizer(spec) if spec in ("gpt2", "bytes") else make_tokenizer(
         "bpe", ranks_from_text(spec["ranks"]), spec["pat_str"])
@@ -1514,6 +1516,8 @@ class Run:
             if saved["total_steps"] != self.total_steps and not self.constant:
                 raise ValueError(f"its learning rate falls towards step {saved['total_steps']:,}; "
                                  f"for more, start a new run with --init {self.args.out}")
+
+            # Put everything back in its place.
             self.step, self.losses, self.rows = int(saved["step"]), saved["losses"], saved["rows"]
             for name, weight in self.weights().items():
                 weight.copy_(saved["weights"][name])
@@ -1550,6 +1554,8 @@ def write_metrics(rows, out):
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+
+        # The picture.
         from matplotlib.figure import Figure
         axes = Figure().subplots()
         for name in ("train_loss", "val_loss"):

@@ -634,6 +634,8 @@ def main(argv=None):
     """Get the weights, save them, show that they work; or export. Returns (model, tokenizer)."""
     parser = ArgumentParser(description="OpenAI's GPT-2 weights in, or a checkpoint out.")
     arg = parser.add_argument
+
+    # Weights in.
     arg("--size", choices=list(GPT2_SIZES), default="124M", help="which GPT-2 to fetch")
     arg("--from", dest="source", type=path_type, metavar="PATH", help="a folder or file instead")
     arg("--n-heads", type=positive_int, help="if nothing says it and heads are not 64 wide")
@@ -641,10 +643,13 @@ def main(argv=None):
     arg("--out", type=checkpoint_file, help="default: checkpoints/gpt2-SIZE.pt or gpt2-local.pt")
     arg("--prompt", type=name_type, default="Every effort moves you", help="text to continue")
     arg("--max-new-tokens", type=positive_int, default=15, help="by at most this many")
+
+    # A checkpoint out.
     arg("--export", type=path_type, metavar="PATH", help="write --checkpoint to a folder or .gguf")
     arg("--checkpoint", type=path_type, help="to export; default: checkpoints/pretrained.pt")
     arg("--quantize", choices=["q8_0"], help="round matrices to 8 bits in a GGUF file")
     args = parser.parse_args(argv)
+
     if args.quantize and (args.export is None or args.export.suffix.lower() != ".gguf"):
         parser.error("argument --quantize: it goes with --export NAME.gguf")
     if args.checkpoint and not args.export:

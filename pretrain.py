@@ -689,11 +689,13 @@ def main(argv=None):
     say("model", f"{size:,} parameters: {sizes.format(**model.cfg)}")
     say("loss", f"in nats per token; a blind guess among {V:,} costs ln {V:,} = {math.log(V):.2f}")
 
-    # Train it, and say how to use it.
+    # Train it.
     model.to(device)
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype)
     per_epoch = len(train_rows) // (args.batch_size * args.grad_accum)
     total_steps = min((args.epochs or math.inf) * per_epoch, args.max_steps or math.inf)
+
+    # What tells this run apart from others, when it is resumed.
     settings = {"data": fingerprint(contents), "init": fingerprint(model) if args.init else None,
                 "tokenizer": fingerprint(tokenizer_to_spec(tokenizer)),
                 "context_length": train_rows.T}
@@ -701,6 +703,8 @@ def main(argv=None):
     run = Run(total_steps, args, model, optimizers, tokenizer, settings, constant)
     train_model(run, train_rows, val_rows, device, dtype)
     run.finish()
+
+    # Say how to use it.
     words = f"--checkpoint {shlex.quote(str(args.out))} --prompt={shlex.quote(args.prompt)}"
     print(printable(f"\nNext:\n  python gpt.py {words}"))
     return model, tokenizer
