@@ -105,9 +105,13 @@ def quietly(function, *args, **options):
         return function(*args, **options)
 
 
-def weights(path):
-    """All weights of a checkpoint in one row."""
-    return torch.cat([t.flatten() for t in torch.load(path, weights_only=True)["model"].values()])
+def weights(source):
+    """All weights of a model, or of a checkpoint's file, in one row."""
+    if isinstance(source, GPTModel):
+        state = source.state_dict()
+    else:
+        state = torch.load(source, weights_only=True)["model"]
+    return torch.cat([t.flatten() for t in state.values()])
 
 
 def labelled_lines(classes=("ham", "spam")):
@@ -134,14 +138,13 @@ def serve(test, answer):
     return f"http://127.0.0.1:{server.server_port}/"
 
 
-def send(request, body, status=200, length=None, headers=()):
+def send(request, body, status=200, headers={}):
     """What most answers are."""
     request.send_response(status)
-    for name, value in [("Content-Length", length or len(body)), *headers]:
+    for name, value in {"Content-Length": len(body), **headers}.items():
         request.send_header(name, value)
     request.end_headers()
     request.wfile.write(body)
-    request.wfile.flush()
 
 
 class InFolder(unittest.TestCase):
@@ -166,6 +169,16 @@ class InFolder(unittest.TestCase):
         status, out, err = call(command)
         self.assertEqual(status, 0, out + err)
         return out
+
+    def fails(self, command, words, status=1):
+        """Run a script that must end with a sentence that has these words."""
+        actual, out, err = call(command)
+        self.assertEqual(actual, status, out + err)
+        self.assertIn(words, " ".join(err.split()))
+
+    def files(self):
+        """{path: content} of all that is in the folder."""
+        return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
     def metrics(self):
         """The columns of run.csv, as arrays by name."""
@@ -300,24 +313,16 @@ class TestGeneration(unittest.TestCase):
 # gpt.py: what the scripts share
 
 class TestCheckpoint(InFolder):
-    def test_numbers_of_numpy_as_class_names_load_again(self):
-        model = tiny_model()
-        clf.replace_head(model, 2)
-        gpt.save_checkpoint("c.pt", model, BYTES, class_names=list(np.array([3, 5])))
-        self.assertEqual(gpt.load_checkpoint("c.pt", kind="classifier")[2]["class_names"],
-                         ["3", "5"])
 
-    def test_import_and_main_work_in_a_thread_and_a_user_s_own_spin_count_wins(self):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "77"}
-        code = ("import os, threading\n"
+    def test_import_and_main_work_in_a_thread(self):
+        code = ("import threading\n"
                 "def work():\n"
                 "    import pretrain\n"
                 f"    pretrain.main({shlex.split(PRETRAIN)[1:]} + ['--max-steps', '1'])\n"
-                "    print(os.environ['GOMP_SPINCOUNT'])\n"
                 "thread = threading.Thread(target=work)\n"
                 "thread.start(), thread.join()")
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        self.assertTrue(out.stdout.endswith("\n77\n"), out.stderr)
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                       stdout=subprocess.DEVNULL)
         gpt.load_checkpoint("run.pt")
 
     def test_model_tokenizer_and_extras_come_back(self):
@@ -331,6 +336,11 @@ class TestCheckpoint(InFolder):
         self.assertEqual(tokenizer2.encode("the<|endoftext|>", allowed_special="all"), [257, 258])
         self.assertTrue(torch.equal(again(idx), model(idx)))           # without dropout
         self.assertIs(again.out_head.weight, again.tok_emb.weight)
+
+        # A classifier's names are saved as text.
+        clf.replace_head(model, 2)
+        gpt.save_checkpoint("c.pt", model, tokenizer, class_names=np.array([3, 5]))
+        self.assertEqual(torch.load("c.pt", weights_only=True)["class_names"], ["3", "5"])
 
     def test_a_foreign_or_broken_file_is_one_sentence_with_what_makes_a_fit_one(self):
         class Evil:
@@ -400,7 +410,7 @@ class TestTexts(InFolder):
                 ("cut.txt", cut[:cut.rindex(b"\xb6")], "cut within its last character"),
                 ("gbk.txt", "你好,世界。".encode("gbk") * 99, "encoding.*-f ENCODING"),
                 ("/dev/null", "lost", "is not a file that can be read twice"),
-                ("a.json", "[]", "JSON"), ("a.csv", "label,text", "table"),
+                ("a.json", "[]", "JSON"),
                 ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', 'line 2: expected {"text": "..."}'),
                 ("b.jsonl", "[" * 200_000, "line 1: expected")]:
             self.write(name, content)
@@ -451,17 +461,12 @@ class TestTerminal(InFolder):
         self.assertEqual(first, again)
         self.assertNotEqual(first, other)
 
-    def test_the_walk_and_explain_show_what_the_model_does(self):
-        walk = self.ok("gpt.py")
-        for part in ("124,439,808", "(1, 4, 768)", "(1, 4, 3072)", "(1, 4, 50257)"):
-            self.assertIn(part, walk)
+    def test_explain_shows_the_model_s_probabilities(self):
         text = "abc\x1b[2J é long words long words"
         out = self.ok(f"gpt.py --checkpoint tiny.pt --explain --prompt {shlex.quote(text)}")
+        logits = gpt.load_checkpoint("tiny.pt")[0](gpt.text_to_token_ids(text, BYTES))[0, -1]
+        self.assertIn(f"{logits.softmax(dim=-1).max().item():.1%}", out)
         self.assertNotIn("\x1b", out)
-        self.assertLessEqual(max(map(len, (walk + out).split("\n"))), 80)
-        ids = gpt.text_to_token_ids(text, BYTES)
-        probs = gpt.load_checkpoint("tiny.pt")[0](ids)[0, -1].softmax(dim=-1)
-        self.assertIn(f"{probs.max().item():.1%}", out)
 
     def test_closed_streams_and_a_full_disk_are_no_traceback(self):
         gpt_py = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/gpt.py"
@@ -489,16 +494,17 @@ FILE = bytes(range(256)) * 800  # 204,800 bytes, and the answers of a server tha
 FILE_SHA256 = hashlib.sha256(FILE).hexdigest()
 
 
-def answer(status, body=b"no", *headers):
-    return lambda request: send(request, body, status, headers=headers)
+def answer(status, body=b"no", **headers):
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda request: send(request, body, status, headers)
 
 
 def asked_for(size=len(FILE)):
     """An answer with what was asked for; the connection is closed after `size` bytes."""
     def respond(request):
         start = int((request.headers["Range"] or "bytes=0-")[6:-1])
-        send(request, FILE[start:start + size], 206 if start else 200, len(FILE) - start,
-             [("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")])
+        send(request, FILE[start:start + size], 206 if start else 200,
+             {"Content-Length": len(FILE) - start})
         request.close_connection = True
     return respond
 
@@ -524,14 +530,14 @@ class TestDownload(InFolder):
         return Path("deep/er/file.bin").read_bytes()
 
     def test_what_arrives_whole(self):
-        path, part = Path("deep/er/file.bin"), Path("deep/er/file.bin.part")
+        path = Path("deep/er/file.bin")
         rest = [None, "bytes=98304-"]                              # six reads of 16 KB had come
-        moved = [("Location", "/cdn"), ("X-Linked-Etag", f'"{FILE_SHA256}"')]
-        page = answer(200, b"<html>", ("Content-Type", "text/html"))
+        moved = answer(302, b"", Location="/cdn", X_Linked_Etag=f'"{FILE_SHA256}"')
+        page = answer(200, b"<html>", Content_Type="text/html")
         for answers, asked in [
                 ([whole], [None]), ([cut, ranged], rest),
                 ([cut, whole], rest),                              # the server ignores the range
-                ([answer(302, b"", *moved), whole], [None, None]),
+                ([moved, whole], [None, None]),
                 ([answer(404), page, whole], [None, None, None]),
                 ([drop, drop, drop, whole],                        # the next, from the start
                  [None, "bytes=16384-", "bytes=32768-", None])]:
@@ -542,7 +548,7 @@ class TestDownload(InFolder):
             path.unlink(missing_ok=True)
 
         # A part of another file is found out; a file that is there needs no network.
-        self.write(part, b"of another file")
+        self.write("deep/er/file.bin.part", b"of another file")
         content = self.fetch([ranged], [self.url], FILE_SHA256)
         self.assertEqual((content == FILE, self.asked), (True, ["bytes=15-", None]))
         self.write(path, b"mine")
@@ -552,9 +558,9 @@ class TestDownload(InFolder):
         nobody = "http://127.0.0.1:9/"
         for failure, words, asked in [
                 (answer(404), "404", 1), (answer(200, b""), "wrong content", 1),
-                (answer(200, FILE, ("X-Linked-Etag", 64 * "0")), "wrong content", 1),
+                (answer(200, FILE, X_Linked_Etag=64 * "0"), "wrong content", 1),
                 (lambda request: time.sleep(1), "timed out", 1),
-                (lambda request: send(request, FILE, length="abc"), "abc", 1),
+                (answer(200, FILE, Content_Length="abc"), "abc", 1),
                 (drop, "49152 of 204800 bytes came", 3)]:         # it does not ask for ever
             with self.subTest(words), self.assertRaisesRegex(
                     UserError, f"deep/er/file.bin[^$]*{nobody}.*refused[^$]*{self.url}.*{words}"):
@@ -565,24 +571,17 @@ class TestDownload(InFolder):
 class TestTrainingRun(InFolder):
     VAL_LOSSES = {0: 9.0, 2: 5.0, 4: 3.0, 6: 6.0, 8: 7.0}      # by step: the model of 4 is the best
 
-    def setUp(self):
-        super().setUp()                                        # a picture ends no run
-        sys.modules["matplotlib.figure"] = mock.Mock(**{"Figure.side_effect": KeyError})
-        self.addCleanup(sys.modules.pop, "matplotlib.figure")
-
-    def train(self, flags="", stop=None, within=None, constant=False, loss=None):
-        """A plain loop with a `Run`, stopped after step `stop`, or `within` its report."""
+    def train(self, flags="", stop=None, loss=None):
+        """A plain loop with a `Run`, stopped after step `stop`."""
         parser = gpt.ArgumentParser()
         gpt.add_training_arguments(parser, "x.pt", batch_size=2, lr=0.01, eval_every=2, max_steps=6)
         args = parser.parse_args(f"--out run.pt --dtype float32 {flags}".split())
         model = tiny_model(drop_rate=0.2)                      # with dropout: chance matters
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-        run = gpt.Run(args.max_steps, args, model, [optimizer], BYTES, constant=constant)
+        run = gpt.Run(args.max_steps, args, model, [optimizer], BYTES, constant=False)
         while True:
             if run.due(args.eval_every):
-                kill = within if run.step == stop else "print_stream"     # which is never called
-                with mock.patch.object(gpt, kill, side_effect=KeyboardInterrupt):
-                    run.report(epoch=1, val_loss=self.VAL_LOSSES[run.step])
+                run.report(epoch=1, val_loss=self.VAL_LOSSES[run.step])
             if run.step >= run.total_steps:
                 break
             torch.manual_seed(run.step)
@@ -593,7 +592,7 @@ class TestTrainingRun(InFolder):
             step_loss.backward()
             optimizer.step()
             run.done(loss or step_loss.item(), idx.numel())
-            if run.step == stop and not within:
+            if run.step == stop:
                 raise KeyboardInterrupt
         run.finish()
 
@@ -607,27 +606,20 @@ class TestTrainingRun(InFolder):
     def result(self):
         return weights("run.pt").tolist(), Path("run.csv").read_text(encoding="utf-8")
 
-    def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_weights_and_metrics(self):
+    def test_stopped_after_any_step_and_resumed_a_run_ends_with_the_same_weights_and_metrics(self):
         quietly(self.train)
         expected = self.result()
         self.assertEqual(self.metrics()["step"].tolist(), [0, 2, 4, 6])
         self.assertFalse(Path("run-resume.pt").exists())       # the run is complete
         quietly(self.train, "--max-steps 4")                   # step 4 was the best, and is kept
         self.assertTrue(torch.equal(weights("run.pt"), torch.tensor(expected[0])))
-        within = [(2, "save_checkpoint"), (4, "save_checkpoint"), (4, "write_metrics"),
-                  (6, "write_metrics")]                        # between two files of a report
-        for stop, function in [*((step, None) for step in range(1, 7)), *within]:
-            with self.subTest(stop=stop, within=function):
-                self.killed(stop=stop, within=function)
+        for stop in range(1, 7):
+            with self.subTest(stop=stop):
+                self.killed(stop=stop)
                 quietly(self.train, "--resume")
                 self.assertEqual(self.result(), expected)
 
-    def test_a_run_is_prolonged_where_its_learning_rate_is_constant(self):
-        quietly(self.train, "--max-steps 8", constant=True)
-        expected = self.result()
-        quietly(self.train, "--max-steps 4", constant=True)
-        quietly(self.train, "--max-steps 8 --resume", constant=True)
-        self.assertEqual(self.result(), expected)
+    def test_a_run_is_not_prolonged_where_its_learning_rate_falls(self):
         self.killed(stop=5)
         with self.assertRaisesRegex(UserError, "falls towards.* step 6.*--init run.pt"):
             quietly(self.train, "--max-steps 8 --resume")
@@ -668,41 +660,63 @@ class TestTrainingRun(InFolder):
 # Mistakes people make, each one sentence
 
 class TestRefusals(InFolder):
-    def test_what_people_mistype_or_lack_is_one_sentence(self):
-        clf.replace_head(model := tiny_model(), 2)
-        gpt.save_checkpoint("class.pt", model, BYTES, class_names=["a", "b"])
-        wrong_usage = "--top-p 2", "--seed 9999999999", "--non\x1bsense", "--max 3"
-        for status, flags, words in [
-                (1, "--prompt x", "make one with: python pretrain.py"),
-                (1, "--checkpoint text.txt", "text.txt is not the checkpoint that is needed"),
-                (1, "--checkpoint class.pt", "it holds a classifier"),
-                (1, "--checkpoint tiny.pt --device tpu", "there is no device 'tpu'"),
-                (1, "--checkpoint tiny.pt --explain --layer 2", "2 layers"),
-                *((2, flags, "--help") for flags in wrong_usage)]:
-            with self.subTest(flags):
-                actual, _, err = call(f"gpt.py {flags}")
-                self.assertEqual(actual, status, err)
-                self.assertIn(words, " ".join(err.split()))
-                self.assertLessEqual(max(map(len, err.split("\n"))), 80)
+    def test_what_people_mistype_or_lack_is_one_sentence_and_changes_no_file(self):
+        for name, content in {
+                "ham.tsv": labelled_lines(("ham",)), "my.csv": labelled_lines(),
+                "mixed.csv": "label;text\nham;Hi; you\n", "quote.csv": 'a,b\nham,"Hello\n',
+                "one.json": '[{"instruction": "a", "output": "b"}]'}.items():
+            self.write(name, content)
+        before = self.files()
+        for command, words in {
+                "gpt.py --prompt x": "make one with: python pretrain.py",
+                "gpt.py --checkpoint tiny.pt --device tpu": "there is no device 'tpu'",
+                "gpt.py --checkpoint tiny.pt --explain --layer 2": "2 layers",
+                "finetune_classifier.py": "python pretrain.py",
+                "finetune_classifier.py --classify x": "python finetune_classifier.py",
+                "finetune_classifier.py --checkpoint tiny.pt --classify x": "language model",
+                CLASSIFY + "--data ham.tsv": "40 texts of 'ham'; give at least two classes",
+                CLASSIFY + "--data my.jsonl": "my.jsonl is JSON",
+                CLASSIFY + "--data mixed.csv": "line 2: 3 columns, expected 2 (divided by ';'",
+                CLASSIFY + "--data quote.csv": "quote.csv, line 2",
+                CLASSIFY + "--label-column stars": "no two columns stars and text",
+                CLASSIFY + "--data my.csv --out my.pt": "my.csv is read by this command",
+                "finetune_instruct.py": "python pretrain.py",
+                "finetune_instruct.py --chat": "make one with: python finetune_instruct.py",
+                "finetune_instruct.py --judge x": "make it anew with: python finetune_instruct.py",
+                INSTRUCT + "--data one.json": "one record to train",
+                INSTRUCT + "--out ./tiny.pt": "tiny.pt is read by this"}.items():
+            with self.subTest(command):
+                self.fails(command, words)
+        for command in ("gpt.py --top-p 2", "gpt.py --non\x1bsense", "gpt.py --max 3",
+                        CLASSIFY + "--classify ''", CLASSIFY + "--val-data data.tsv",
+                        INSTRUCT + "--test-data x", INSTRUCT + "--chat --ask x"):
+            with self.subTest(command):
+                self.fails(command, "--help", status=2)
+        self.assertEqual(self.files(), before)
 
     def test_an_output_that_would_destroy_something_is_refused_before_any_work(self):
         for name in ("mine.pt", "foreign.csv", "folder/a.txt", "data.csv"):
             self.write(name, "keep me")
         self.write("ours.csv", "step,epoch,train_loss\n")
         self.write("ours.png", "a picture")
-        for out, words in [("tiny.pt", "tiny.pt is read by"), ("folder/x.pt", "x.pt is read by"),
-                           ("data.pt", "data.csv is read by"),
-                           ("mine.pt", "mine.pt is not of this project"),
-                           ("foreign.pt", "foreign.csv is not of this project"),
-                           ("ours.pt", None), ("new/x.pt", None)]:
-            refused = self.assertRaisesRegex(UserError, words or "")
-            with self.subTest(out), refused if words else contextlib.nullcontext():
-                gpt.check_output(mock.Mock(out=Path(out), resume=False), "folder", "tiny.pt",
-                                 None, Path("data.csv"))
+
+        def check(out):
+            inputs = "folder", "tiny.pt", None, Path("data.csv")
+            gpt.check_output(mock.Mock(out=Path(out), resume=False), *inputs)
+
+        for out, words in {"tiny.pt": "tiny.pt is read by", "folder/x.pt": "x.pt is read by",
+                           "data.pt": "data.csv is read by",
+                           "mine.pt": "mine.pt is not of this project",
+                           "foreign.pt": "foreign.csv is not of this project"}.items():
+            with self.subTest(out), self.assertRaisesRegex(UserError, words):
+                check(out)
+        check("ours.pt")
+        check("new/x.pt")
 
     def test_wrong_arguments_in_python_are_an_error_that_says_why(self):
         model, infinite, small = tiny_model(), tiny_model(), tiny_model(vocab_size=100)
         infinite.out_head.weight.data[3, 3] = math.inf
+        clf.replace_head(classifier := tiny_model(), 3)
         two_specials = tiktoken.Encoding(
             "mine", pat_str=BYTES._pat_str, mergeable_ranks=BYTES._mergeable_ranks,
             special_tokens={"<|other|>": 256, "<|endoftext|>": 257})
@@ -711,11 +725,15 @@ class TestRefusals(InFolder):
                 ("temperature", lambda: generate(model, [1], 2, temperature=-1)),
                 ("whole numbers", lambda: generate(model, [1.0, 2.0], 2)),
                 ("padding", lambda: generate(model, [[1], [2]], 2, padding=[1, 0])),
-                ("padding", lambda: generate(model, [1, 2], 2, padding=0)),
                 ("65 tokens do not fit", lambda: model(torch.zeros(1, 65, dtype=torch.long))),
                 ("loses text", lambda: gpt.make_tokenizer("mine", {}, "a*")),
                 ("a single byte has no rank", lambda: gpt.ranks_from_text("AA== 0\nAQ== 1")),
                 ("text.txt .*tokenizer.py train TEXT", lambda: gpt.load_tokenizer("text.txt")),
+                ("train must be", lambda: clf.freeze(model, "last_block")),
+                ("DataFrame", lambda: clf.create_balanced_dataset(iter(["Label", "Text"]))),
+                ("lacks", lambda: clf.SpamDataset([("see you", "ham")], BYTES)),
+                ("is empty", lambda: clf.classify_texts(["a", ""], model, BYTES, "cpu")),
+                ("3 classes", lambda: clf.classify_review("see you", classifier, BYTES, "cpu")),
 
                 # What could not be loaded is not saved.
                 ("tiktoken", lambda: gpt.save_checkpoint("new.pt", model, object())),
@@ -854,38 +872,18 @@ class TestTokenizer(InFolder):
             "tokenizer.py train a.jsonl --vocab-size 258 --out a.tiktoken"))  # not the markup
 
         # A file that is no vocabulary is not overwritten.
-        self.assertEqual(call("tokenizer.py train texts --out text.txt")[0], 1)
+        self.fails("tokenizer.py train texts --out text.txt", "text.txt")
         self.assertEqual(Path("text.txt").read_text(encoding="utf-8"), TEXT)
 
-    def test_stories_and_a_text_as_ids_and_tokens(self):
-        self.write("data/TinyStories-valid.txt", TEXT)
-        out = self.ok("tokenizer.py train --stories") + self.ok("tokenizer.py")
-        self.assertIn("python pretrain.py --preset stories", out)
-        learned = tok.BPETokenizer.load("checkpoints/stories.tiktoken")
-
-        text = f"x\x1b\n{TEXT[:200]}"
-        shown = self.ok(f"tokenizer.py encode --tokenizer checkpoints/stories.tiktoken '{text}'")
-        ids, _, tokens = shown.partition("\n")
-        self.assertEqual(learned.decode(map(int, ids.split())), text)
-        self.assertTrue(tokens.startswith(r"x|\x1b|\n|The|"), tokens)  # nothing steers the terminal
-        self.assertLess(max(map(len, (out + tokens).splitlines())), 80)
+        # The IDs of a text, and its tokens: nothing in them steers the terminal.
+        out = self.ok("tokenizer.py encode --tokenizer my.tiktoken 'x\x1b\n ab'")
+        self.assertEqual(out, "120 27 10 257\nx|\\x1b|\\n| ab|\n")
 
 
 # ---------------------------------------------------------------------------------------------
 # pretrain.py
 
 class TestPretraining(InFolder):
-    def fails(self, command, words):
-        """A command must end with a sentence that has these words."""
-        status, _, err = call(command)
-        self.assertEqual((status, words in " ".join(err.split())), (1, True), err)
-
-    def link(self, *names):
-        """Put files of the repository's data/ into that of this test."""
-        Path("data").mkdir()
-        for name in names:
-            os.symlink(ROOT / "data" / name, Path("data", name))
-
     # The data.
 
     def test_rows_are_windows_and_targets_are_moved_by_one(self):
@@ -963,18 +961,10 @@ class TestPretraining(InFolder):
             with mock.patch.multiple(pretrain, calc_loss_batch=noted,
                                      evaluate_model=lambda *_: (0, 0),
                                      generate_and_print_sample=mock.Mock()):
-                quietly(pretrain.train_model_simple, model, loader, [], optimizer, "cpu", 2, 99,
-                        0, "", None)
+                _, _, tokens_seen = quietly(pretrain.train_model_simple, model, loader, [],
+                                            optimizer, "cpu", 2, 10, 0, "", None)
+            self.assertEqual(tokens_seen, [2 * 256, 11 * 2 * 256])
             np.testing.assert_allclose(losses[:10], expected, atol=1e-3)
-
-    def test_the_simple_loop_learns_and_reports_every_evaluation(self):
-        data, model = pretrain.GPTDatasetV1(TEXT, BYTES, 16, stride=16), tiny_model(drop_rate=0.0)
-        loader = torch.utils.data.DataLoader(data, batch_size=8, drop_last=True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        train, val, seen = quietly(pretrain.train_model_simple, model, loader, loader, optimizer,
-                                   "cpu", 2, 10, 2, start_context="The", tokenizer=BYTES)
-        self.assertLess(train[-1], train[0] - 1)
-        self.assertEqual(seen, [(10 * i + 1) * 8 * 16 for i in range(len(val))])
 
     # What the loop that runs adds.
 
@@ -1010,23 +1000,16 @@ class TestPretraining(InFolder):
             self.assertAlmostEqual(factors[step], factor)
         self.assertEqual({pretrain.lr_factor(i, 14, 0, 1.0) for i in range(14)}, {1.0})
 
-    def test_accumulated_batches_give_the_step_of_one_large_batch(self):
-        results = []
-        for split in ("--batch-size 6", "--batch-size 2 --grad-accum 3"):
-            self.ok(PRETRAIN + f"--max-steps 3 {split}")
-            results.append([weights("run.pt"), torch.tensor(self.metrics()["train_loss"][-1])])
-        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
-
-    def test_three_processes_give_the_losses_of_one_also_with_two_rows_held_out(self):
-        run = PRETRAIN + ("--grad-accum 2 --batch-size 6 --max-steps 4 --eval-every 2 "
-                          "--val-share 0.015")
+    def test_three_processes_and_accumulated_batches_give_the_losses_of_one_large_batch(self):
+        run = PRETRAIN + "--max-steps 4 --eval-every 2 --val-share 0.015 "    # two rows held out
+        shared = f"{ROOT}/{run} --batch-size 6 --grad-accum 2"
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
-                               "3", "--standalone", *shlex.split(f"{ROOT}/{run}")],
+                               "3", "--standalone", *shlex.split(shared)],
                               capture_output=True, text=True, timeout=100)
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
         self.assertEqual(done.stdout.count("Next:"), 1)                   # one process prints
         together = self.metrics()
-        self.ok(run)
+        self.ok(run + "--batch-size 12")
         for name in ("step", "train_loss", "val_loss", "bits_per_byte"):
             np.testing.assert_allclose(together[name], self.metrics()[name], atol=1e-3)
 
@@ -1052,7 +1035,7 @@ class TestPretraining(InFolder):
 
     @needs("vocab.bpe", "the-verdict.txt")
     def test_the_book_s_verdict_has_nine_steps_an_epoch(self):
-        self.link("vocab.bpe", "the-verdict.txt")
+        Path("data").symlink_to(ROOT / "data")
         self.ok("pretrain.py --preset verdict --max-steps 1 --n-layers 1 --emb-dim 12 --out run.pt")
         self.assertAlmostEqual(self.metrics()["epoch"][-1], 1 / 9)
 
@@ -1061,16 +1044,14 @@ class TestPretraining(InFolder):
             self.ok("pretrain.py --simple")
         self.assertEqual([len(loader) for loader in loop.call_args.args[1:3]], [9, 1])
 
-    @needs("tinystories-sample.txt")
     def test_the_stories_need_two_commands(self):
-        self.link("tinystories-sample.txt")
+        self.write("data/TinyStories.txt", 20 * f"Once upon a time {TEXT}<|endoftext|>")
         self.fails("pretrain.py --preset stories", "python tokenizer.py train --stories")
         self.ok("tokenizer.py train --stories --vocab-size 300")
         out = self.ok("pretrain.py --preset stories --max-steps 1 --n-layers 1 --emb-dim 12 "
                       "--batch-size 2 --eval-batches 1")
-        self.assertEqual(out.count("Once upon a time"), 3)    # two samples and the next command
-        self.assertNotIn("<|", out)
         self.assertIn("a blind guess among 300 ", out)
+        self.assertNotIn("<|", out)
 
     def test_presets_are_defaults(self):
         book = {**GPT_CONFIG_124M, "context_length": 256, "batch_size": 2, "lr": 4e-4,
@@ -1083,23 +1064,18 @@ class TestPretraining(InFolder):
         self.assertIn("(default: 0.0006)", self.ok("pretrain.py --preset gpt2 --help"))
 
     def test_the_quick_run_needs_no_network_and_the_next_command_runs_as_printed(self):
-        small = " --max-steps 1 --eval-batches 1 --n-layers 1 --emb-dim 12"
-        for run, following in [
-                ("pretrain.py", "gpt.py --checkpoint checkpoints/pretrained.pt "
-                                "--prompt='The import statement'"),
-                (PRETRAIN + "--prompt Hi", "gpt.py --checkpoint run.pt --prompt=Hi")]:
-            with mock.patch("requests.get", side_effect=AssertionError("network used")):
-                out = self.ok(run + small)
-            self.assertIn(f"\nNext:\n  python {following}\n", out)
-            self.ok(following + " --max-new-tokens 1")
+        with mock.patch("requests.get", side_effect=AssertionError("network used")):
+            out = self.ok("pretrain.py --max-steps 1 --eval-batches 1 --n-layers 1 --emb-dim 12")
+        following = re.search(r"\nNext:\n  python (gpt.py .*)\n", out)[1]
+        self.assertIn("pretrained.pt --prompt='The import statement'", following)
+        self.ok(following + " --max-new-tokens 1")
 
     def test_a_trained_model_learns_from_a_text_shorter_than_its_context(self):
         self.write("short.txt", TEXT[:400])
         run = "pretrain.py --init tiny.pt --data short.txt --max-steps 2 --out run.pt "
         model, tokenizer = quietly(pretrain.main, shlex.split(run)[1:])
         self.assertEqual((model.cfg["context_length"], tokenizer.name), (64, "bytes"))  # as before
-        returned = torch.cat([t.flatten() for t in model.state_dict().values()])
-        self.assertTrue(torch.equal(returned, weights("run.pt")))
+        self.assertTrue(torch.equal(weights(model), weights("run.pt")))
         self.fails(run + "--context-length 65", "sees 64 tokens")
         self.write("short.txt", TEXT[:40])
         self.fails(run, "too short")
@@ -1148,7 +1124,7 @@ for command in sys.argv[1:]:
 """
 
 
-class TestRuns(InFolder):
+class TestAllScripts(InFolder):
     def test_killed_and_resumed_each_script_ends_with_the_same_weights(self):
         # Files 1 and 2 are the state and the metrics, before the first step. Two steps later 3 is
         # the state again, and 4 is the best model. The plotting backend is one that there is not.
@@ -1170,8 +1146,6 @@ class TestRuns(InFolder):
                 self.assertTrue(torch.equal(weights(f"{out}.pt"), expected), out)
                 self.assertEqual(Path(f"{out}.csv").read_bytes(), log, out)
 
-
-class TestOffline(InFolder):
     def test_without_a_network_the_error_names_the_addresses_and_the_place_for_the_file(self):
         gpt.named_tokenizer.cache_clear()
         for command, place, *addresses in [
@@ -1186,14 +1160,11 @@ class TestOffline(InFolder):
                 ("finetune_instruct.py --init tiny.pt", "data/instruction-data.json", "https://")]:
             with mock.patch("requests.get", side_effect=requests.ConnectionError("unplugged")):
                 status, out, err = call(command)
-            self.assertEqual((status, place in err), (1, True), command + err)
-            named = re.findall(r"(?m)^ *(https://\S+):\s+unplugged$", out + err)
-            for address in addresses:                     # each once, with its reason
-                self.assertEqual(sum(address in url for url in named), 1, out + err)
+            self.assertEqual(status, 1, command)
+            for word in (place, *addresses, "unplugged"):
+                self.assertIn(word, out + err, command)
             self.assertFalse(Path("data").exists())       # nothing is left of the attempt
 
-
-class TestRepository(InFolder):
     def test_the_order_of_imports_and_that_every_open_names_its_encoding(self):
         for script in SCRIPTS:
             found = []
@@ -1233,8 +1204,10 @@ class TestRepository(InFolder):
 
     def test_what_is_printed_fits_80_columns(self):
         for command in ["gpt.py", "tokenizer.py", PRETRAIN + "--max-steps 1",
-                        CLASSIFY + "--max-steps 1", INSTRUCT + "--max-steps 1"]:
-            longest = max(self.ok(command).splitlines(), key=len)
+                        CLASSIFY + "--max-steps 1", INSTRUCT + "--max-steps 1",
+                        "gpt.py --prompt x", "gpt.py --checkpoint tiny.pt --explain --prompt x"]:
+            _, out, err = call(command)
+            longest = max((out or err).splitlines(), key=len)
             self.assertLessEqual(len(longest), 80, f"{command}: {longest}")
 
 
@@ -1352,10 +1325,8 @@ class TestLoadGPT2(InFolder):
         np.testing.assert_allclose(logits, numpy_gpt2(self.weights, list(ids)), 1e-4, 2e-4)
 
     def refused(self, words, source="hub --tokenizer bytes"):
-        """Nothing is saved, and a short sentence says why."""
-        status, out, err = call(f"load_gpt2.py --from {source} --out refused.pt")
-        self.assertRegex(" ".join(err.split()), f"cannot be used .*{words}", out)
-        self.assertEqual((status, Path("refused.pt").exists(), len(err) < 600), (1, False, True))
+        self.fails(f"load_gpt2.py --from {source} --out refused.pt", words)
+        self.assertFalse(Path("refused.pt").exists())
 
     def export(self, tokenizer, *paths):
         """Load what is in hub/ and write it for other software."""
@@ -1438,35 +1409,40 @@ class TestLoadGPT2(InFolder):
         self.assertIn(f"{math.log(V):.3f} nats per token, {math.log2(V):.3f} bits per byte", out)
 
     def test_an_exported_folder_is_read_again_with_or_without_a_head_of_its_own(self):
-        trained = tok.BPETokenizer()
-        trained.train(TEXT + " ".join(map(chr, range(160, 1200))), V)
-        for tokenizer in (BYTES, trained):
-            self.export(tokenizer, "my-gpt/")
+        for _ in range(2):
+            self.export(BYTES, "my-gpt/")
             self.ok("load_gpt2.py --from my-gpt --out back.pt")
-            back, again, _ = gpt.load_checkpoint("back.pt")
-            self.check_logits(back)
-            self.assertEqual(again.encode(TEXT), tokenizer.encode(TEXT))
+            model, tokenizer, _ = gpt.load_checkpoint("back.pt")
+            self.check_logits(model)
+            self.assertEqual(tokenizer.encode(TEXT), BYTES.encode(TEXT))
             self.weights["lm_head.weight"] = self.weights["wte.weight"] + 1
             write_safetensors(HUB_FILE, self.weights)
+
+    def test_an_exported_vocabulary_gives_other_software_our_tokens(self):
+        trained = tok.BPETokenizer()
+        trained.train(TEXT + " ".join(map(chr, range(160, 1200))), V)
+        self.export(trained, "my-gpt")
+        text = TEXT[:200] + "".join(map(chr, range(32, 1300))) + "I'm 3.14 \n\n\t x  ..."
+        expected = trained.encode(text)
 
         # Other software replays the list of merges in its order (Sennrich et al. 2016).
         model = json.loads(Path("my-gpt/tokenizer.json").read_text(encoding="utf-8"))["model"]
         letters = {byte: letter for letter, byte in gpt.BYTE_OF_LETTER.items()}
-        text = TEXT[:200] + "".join(map(chr, range(32, 1300))) + "I'm 3.14 \n\n\t x  ..."
         tokens = "\n".join(" ".join(letters[byte] for byte in chunk.encode())
                            for chunk in tok.regex.findall(gpt.GPT2_SPLIT_PATTERN, text))
         for a, b in model["merges"]:
             pair = rf"(?<!\S){re.escape(a)} {re.escape(b)}(?!\S)"
             tokens = re.sub(pair, lambda match: a + b, tokens)
-        self.assertEqual([model["vocab"][token] for token in tokens.split()], trained.encode(text))
+        self.assertEqual([model["vocab"][token] for token in tokens.split()], expected)
 
-        # The same vocabulary in the older form, in two files.
+        # The same vocabulary is read in this form, and in the older one of two files.
         self.write("my-gpt/vocab.json", json.dumps({**model["vocab"], gpt.END_OF_TEXT: V - 1}))
         merges = "\n".join(map(" ".join, model["merges"]))
         self.write("my-gpt/merges.txt", f"#version: 0.2\n{merges}")
-        os.remove("my-gpt/tokenizer.json")
-        self.ok("load_gpt2.py --from my-gpt --out back.pt")
-        self.assertEqual(gpt.load_checkpoint("back.pt")[1].encode(text), trained.encode(text))
+        for _ in range(2):
+            self.ok("load_gpt2.py --from my-gpt --out back.pt")
+            self.assertEqual(gpt.load_checkpoint("back.pt")[1].encode(text), expected)
+            Path("my-gpt/tokenizer.json").unlink(missing_ok=True)
         self.write("my-gpt/added_tokens.json", '{"<pad>": 400}')
         self.refused("added tokens", "my-gpt")
 
@@ -1474,14 +1450,12 @@ class TestLoadGPT2(InFolder):
         self.export(BYTES, "my-gpt", "m.gguf", "m.gguf --quantize q8_0", "my-gpt", "noted")
         self.write("noted/README.md", "about my model")
         self.write("mine.Modelfile", "FROM mine\n")
-        files = lambda: {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
-        before = files()
+        before = self.files()
         for path in ("noted", "hub", "mine.gguf", "text.txt"):
-            status, _, err = call(f"load_gpt2.py --checkpoint m.pt --export {path}")
-            self.assertEqual((status, "holds something else" in " ".join(err.split())), (1, True))
+            self.fails(f"load_gpt2.py --checkpoint m.pt --export {path}", "holds something else")
         with mock.patch.object(Path, "write_text", side_effect=OSError("disk full")):
-            self.assertEqual(call("load_gpt2.py --checkpoint m.pt --export my-gpt")[0], 1)
-        self.assertEqual(files(), before)
+            self.fails("load_gpt2.py --checkpoint m.pt --export my-gpt", "disk full")
+        self.assertEqual(self.files(), before)
 
     def test_an_export_stopped_at_a_rename_leaves_a_whole_model(self):
         self.export(BYTES, "my-gpt")
@@ -1547,34 +1521,28 @@ class TestClassifier(InFolder):
     def test_tables_with_any_divider_and_columns_by_header_number_and_default(self):
         stars = [("5", "good"), ("1", 'bad "')] * 10
         tsv = "id\ttext\tstars\n" + "".join(f"7\t{text}\t{label}\r\n" for label, text in stars)
-        said = [("a", 'he said "hi",\nthen; left'), ("b", "y, z; w")] * 10
-        comma, semicolon = io.StringIO(newline=""), io.StringIO(newline="")
-        csv.writer(comma).writerows(said)
-        csv.writer(semicolon, delimiter=";").writerows([("label", "text"), *said])
+        said = [("a", 'he said "hi",\nthen; left'), ("b", "y, z; w")] * 2
+        quoted = 'a{0}"he said ""hi"",\nthen; left"\nb{0}"y, z; w"\n' * 2
         for content, columns, expected in [
-                ("\ufeff" + comma.getvalue(), (), said), (semicolon.getvalue(), (), said),
+                ("\ufeff" + quoted.format(","), (), said),
+                ("label;text\n" + quoted.format(";"), (), said),
                 (tsv, ("text", "stars"), stars), (tsv, ("TEXT", "3"), stars),
                 ('a,"u; v; w"\n' * 9, (), [("a", "u; v; w")] * 9),
                 ("\tno label\n" + "a\tx\n" * 9, (), [("a", "x")] * 9)]:
             self.write("table", content)
             self.assertEqual(quietly(clf.read_labelled_texts, "table", *columns), expected)
 
-    def test_download_takes_the_expected_file_only(self):
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("../evil", "no")
-            archive.writestr("SMSSpamCollection", "ham\thello\n")
-        answers = {"/none": (b"", 404), "/bad": (b"not a zip file",), "/good": (file.getvalue(),)}
-        url = serve(self, lambda request: send(request, *answers[request.path]))
-        sha256 = hashlib.sha256(b"ham\thello\n").hexdigest()
-        get = lambda urls, path: clf.download_and_unzip_spam_data(urls, path, sha256)
-        path = quietly(get, [url + "none", url + "good"], "sub/SMSSpamCollection")
-        self.assertEqual(path.read_bytes(), b"ham\thello\n")
-        self.assertEqual(os.listdir("sub"), ["SMSSpamCollection"])
-        with self.assertRaisesRegex(UserError, "collection.zip: .*not a zip.*delete it"):
-            quietly(get, [url + "bad"], "bad/SMSSpamCollection")
-        with self.assertRaisesRegex(UserError, "another SHA-256"):
-            quietly(clf.download_and_unzip_spam_data, [url + "good"], "other/SMSSpamCollection")
+    def test_an_archive_put_there_by_hand_must_hold_the_expected_file(self):
+        archive = Path("sms+spam+collection.zip")
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("../evil", "no")
+            file.writestr("SMSSpamCollection", "ham\thello\n")
+        with self.assertRaisesRegex(UserError, "another SHA-256.*delete it"):
+            clf.download_and_unzip_spam_data([], "SMSSpamCollection")
+        clf.download_and_unzip_spam_data([], "SMSSpamCollection",
+                                         hashlib.sha256(b"ham\thello\n").hexdigest())
+        self.assertEqual(Path("SMSSpamCollection").read_bytes(), b"ham\thello\n")
+        self.assertFalse(archive.exists() or Path("../evil").exists())
 
     def test_padding_and_kept_outputs_never_change_a_result(self):
         """Against the plain model, a row at a time, read at its last token."""
@@ -1633,8 +1601,7 @@ class TestClassifier(InFolder):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            plain = torch.cat([t.flatten() for t in gpt.merge_lora(model).state_dict().values()])
-            torch.testing.assert_close(once, plain, atol=1e-3, rtol=0)
+            torch.testing.assert_close(once, weights(gpt.merge_lora(model)), atol=1e-3, rtol=0)
             for name, t in torch.load("run.pt", weights_only=True)["model"].items():
                 same = name in start and torch.equal(start[name], t)
                 self.assertEqual(same, not re.match(learns, name), f"{mode}: {name}")
@@ -1668,7 +1635,6 @@ class TestClassifier(InFolder):
                    + f"a\t{' ' * 10**6}x\n")
         out = self.ok(CLASSIFY + "--epochs 12 --no-balance --train all")
         self.assertIn("121 of 123 lines have a text", out)
-        self.assertLess(max(map(len, out.splitlines())), 80)
 
         self.write("in.txt", "meet me at home now\n\nWIN cash NOW\nthe weather is mild\x1b\n")
         with open("in.txt", encoding="utf-8") as file:
@@ -1680,8 +1646,6 @@ class TestClassifier(InFolder):
             ["a", "meet me at home now"], ["b", "WIN cash NOW"],
             ["c\ufffd", "the weather is mild\ufffd"]])
 
-
-class TestClassifierRun(InFolder):
     def test_own_splits_train_on_all_of_data_and_test_on_the_rest(self):
         self.write("val.tsv", "ham\tmeet me\nham\tmeet\nspam\tWIN cash\n")
         self.write("test.csv", "label,text\n" + "spam,WIN NOW\n" * 3)
@@ -1690,46 +1654,6 @@ class TestClassifierRun(InFolder):
         self.assertIn("of 3 texts are right", out)
         same_texts = [("a", "hi"), ("b", "hi"), ("c", "hi")]          # odd, but no mistake
         self.assertEqual(len(clf.SpamDataset(same_texts, BYTES, class_names="abc")), 3)
-
-
-class TestClassifierRefusals(InFolder):
-    def test_what_people_mistype_or_lack(self):
-        for name, content in {
-                "one.tsv": labelled_lines(("ham",)), "my.csv": labelled_lines(),
-                "mixed.csv": "label;text\nham;Hi; you\n", "quote.csv": 'a,b\nham,"Hello\n'}.items():
-            self.write(name, content)
-        for command, words in {
-                CLASSIFY + "--data one.tsv": "40 texts of 'ham'; give at least two classes",
-                CLASSIFY + "--data my.jsonl": "my.jsonl is JSON",
-                CLASSIFY + "--data mixed.csv": "line 2: 3 columns, expected 2 (divided by ';'",
-                CLASSIFY + "--data quote.csv": "quote.csv, line 2",
-                CLASSIFY + "--label-column stars": "no two columns stars and text",
-                CLASSIFY + "--data my.csv --out my.pt": "my.csv is read by this command",
-                "finetune_classifier.py": "python pretrain.py",
-                "finetune_classifier.py --classify x": "python finetune_classifier.py",
-                "finetune_classifier.py --checkpoint tiny.pt --classify x": "language model",
-        }.items():
-            with self.subTest(command):
-                status, out, err = call(command)
-                self.assertIn(words, " ".join(err.split()), out)
-                self.assertEqual((status, "Traceback" in err), (1, False), err)
-        self.assertFalse(Path("run.pt").exists())
-        for flags in ("--train some", "--classify ''", "--val-data data.tsv"):
-            self.assertEqual(call(CLASSIFY + flags)[0], 2, flags)
-
-    def test_wrong_arguments_in_python_are_a_value_error_that_says_why(self):
-        frame = iter(["Label", "Text"])                # what a loop over pandas' DataFrame yields
-        swapped = [("see you", "ham"), ("WIN cash", "spam"), ("later", "ham")]
-        clf.replace_head(model := tiny_model(), 3)
-        for words, function, *args in [
-                ("train must be", clf.freeze, model, "last_block"),
-                ("DataFrame", clf.create_balanced_dataset, frame),
-                ("lacks", clf.SpamDataset, swapped, BYTES),
-                ("lacks {'eggs'}", clf.SpamDataset, [("ham", "hi"), ("eggs", "and ham")], BYTES),
-                ("is empty", clf.classify_texts, ["a", ""], model, BYTES, "cpu"),
-                ("3 classes", clf.classify_review, "see you", model, BYTES, "cpu")]:
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
-                function(*args)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1835,7 +1759,7 @@ class TestInstructions(InFolder):
     def test_what_is_no_record_is_named_with_its_names(self):
         good = '{"instruction": "a", "output": "b"}'
         for content, words in [
-                ("hello", "JSON list"), ("[" * 200_000, "JSON list"),
+                ("[" * 200_000, "JSON list"),
                 ('[{"instruction": "a", "output": 5}]', "0 records"),
                 (f'[{good}, {{"output": "b", "label": 1}}]', "1 records.*names are output, label"),
                 (good.replace("}", ', "history": [["a"]]}'), "0 records"),
@@ -1889,14 +1813,6 @@ class TestInstructions(InFolder):
         latin1 = io.TextIOWrapper(io.BytesIO("café".encode("latin-1")), encoding="utf-8")
         with mock.patch("sys.stdin", latin1):
             self.ok("finetune_instruct.py --chat --checkpoint chat.pt --max-new-tokens 1")
-
-    def test_answers_of_a_batch_are_those_of_each_prompt_alone(self):
-        model = tiny_model(spread=0.3)
-        batch, alone = ([dict(record) for record in RECORDS] for _ in range(2))
-        instruct.generate_responses(model, BYTES, batch, "phi3", 40, batch_size=7)
-        for entry in alone:
-            instruct.generate_responses(model, BYTES, [entry], "phi3", 40)
-        self.assertEqual(batch, alone)
 
     def test_the_book_s_call_teaches_an_answer_that_uses_an_earlier_turn(self):
         """A small model learns to say who spoke; without the earlier turn it cannot know."""
@@ -1996,44 +1912,17 @@ class TestInstructRun(InFolder):
                 ("alpaca", {}, 256, "alpaca"), (None, {"prompt_style": "phi3"}, 1024, "phi3")):
             self.assertEqual(instruct.pick_style(given, saved, context), style)
 
-
-class TestInstructRefusals(InFolder):
-    def test_what_people_mistype_or_lack_is_a_sentence_and_changes_no_file(self):
-        self.write("one.json", '[{"instruction": "a", "output": "b"}]')
-        self.write("mine-responses.json", "[]")
-        files = lambda: {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-        before = files()
-        for command, words in {
-                INSTRUCT + "--data none.json": "none.json",
-                INSTRUCT + "--data text.txt": "JSON list",
-                INSTRUCT + "--data one.json": "one record to train",
-                INSTRUCT + "--out ./tiny.pt": "tiny.pt is read by this",
-                INSTRUCT + "--out mine.pt": "mine-responses.json is not of this project",
-                "finetune_instruct.py": "python pretrain.py",
-                "finetune_instruct.py --chat": "make one with: python finetune_instruct.py",
-                f"finetune_instruct.py --checkpoint tiny.pt --ask {'x' * 99}": "shorter",
-                "finetune_instruct.py --judge x": "make it anew with: python finetune_instruct.py",
-        }.items():
-            with self.subTest(command):
-                status, _, err = call(command)
-                self.assertEqual(status, 1, err)
-                self.assertIn(words, " ".join(err.split()))
-        self.assertEqual(files(), before)
-        for flags in ("--test-data x", "--chat --ask x", "--lora-rank 0", "--temperature -1"):
-            self.assertEqual(call(f"finetune_instruct.py {flags}")[0], 2, flags)
-
     def test_edited_responses_and_a_judge_s_odd_reply_are_a_sentence_and_change_no_file(self):
         good, edited = {**RECORDS[0], "model_response": "A"}, "run-responses.json cannot be used"
         url = serve(self, lambda request: send(request, json.dumps(reply).encode()))
         for entries, reply, words in [
-                (5, 5, edited), (None, 5, edited), ([1], 5, edited), ([RECORDS[0]], 5, edited),
+                (5, 5, edited), ([1], 5, edited), ([RECORDS[0]], 5, edited),
                 ([{**good, "history": [5]}], 5, edited), ([{**good, "judge": 5}], 5, edited),
                 ([{**good, "judge": {"model": "x", "score": "5"}}], 5, edited),
                 *(([good], odd, "ollama pull x") for odd in (
                     5, None, [1], {"error": "busy"}, {"message": {"content": ["x"]}}))]:
             self.write("run-responses.json", json.dumps(entries))
-            status, _, err = call(f"finetune_instruct.py --judge x --judge-url {url} --out run.pt")
-            self.assertEqual((status, words in " ".join(err.split())), (1, True), err)
+            self.fails(f"finetune_instruct.py --judge x --judge-url {url} --out run.pt", words)
             self.assertEqual(json.loads(Path("run-responses.json").read_bytes()), entries)
 
 
