@@ -314,16 +314,17 @@ class TestGeneration(unittest.TestCase):
 
 class TestCheckpoint(InFolder):
 
-    def test_import_and_main_work_in_a_thread(self):
-        code = ("import threading\n"
+    def test_import_and_main_work_in_a_thread_and_a_user_s_own_spin_count_wins(self):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "77"}
+        code = ("import os, threading\n"
                 "def work():\n"
                 "    import pretrain\n"
                 f"    pretrain.main({shlex.split(PRETRAIN)[1:]} + ['--max-steps', '1'])\n"
+                "    print(os.environ['GOMP_SPINCOUNT'])\n"
                 "thread = threading.Thread(target=work)\n"
                 "thread.start(), thread.join()")
-        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                       stdout=subprocess.DEVNULL)
-        gpt.load_checkpoint("run.pt")
+        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        self.assertTrue(out.stdout.endswith("\n77\n"), out.stderr)
 
     def test_model_tokenizer_and_extras_come_back(self):
         ranks = {**{bytes([i]): i for i in range(256)}, b"th": 256, b"the": 257}
