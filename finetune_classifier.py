@@ -210,9 +210,9 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
     """The training loop. Book section 6.7.
 
     `run` (gpt.py) is the run's notebook. `due` says whether it is time to measure. `report` prints
-    and saves what was measured, and the model if it is the best so far. `done` counts a step and
-    notes its loss; the mean of the noted losses is the `train_loss` of the next report. `run.rows`
-    holds the reports.
+    and saves what was measured, and the model if it is the best so far. `done` counts a step
+    and its tokens and notes its loss; the mean of the noted losses is the `train_loss` of the next
+    report. `run.rows` holds the reports. Without a `run` nothing is written.
 
     Every `eval_freq` steps the model is measured on `eval_iter` batches (None: all). Returns lists
     of training losses (means over the steps before), validation losses, training accuracies and
@@ -223,7 +223,7 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
     examples_seen, batches = 0, None
 
     while True:
-        # Measure when it is due. The seed decides which training texts are measured.
+        # Measure when it is due. The loader shuffles: the seed decides which texts come first.
         if run.due(eval_freq):
             torch.manual_seed(hash((seed, run.step)))
             how = model, device, eval_iter, dtype
@@ -306,7 +306,7 @@ def report(class_names, labels, predicted, commonest):
         f"(95 % interval {centre - half:.1%} to {centre + half:.1%})")
 
     # The baseline takes no model: it always answers `commonest`, the class of most training texts.
-    # Only if it is below the interval does the test show that the model learned.
+    # If it is not below the interval, the test does not show that the model learned.
     baseline = table[commonest].sum().item() / total
     say("baseline", f"{baseline:.1%} for always answering {class_names[commonest]!r}")
 

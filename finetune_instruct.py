@@ -147,7 +147,7 @@ class InstructionDataset(Dataset):
         for entry in data:
             ids, learned = encode_entry(entry, tokenizer, style, max_length + 1)
             if set(learned[:max_length]) == {-100}:
-                continue  # the question fills the inputs; at most one token of the answer is left
+                continue  # the question fills the row: at most one target is from the answer
 
             # A place's target is the next token: `max_length` places need one token more. The last
             # token is only a target, so `ids[:-1]`.
@@ -258,9 +258,9 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
     first is None. A step takes `grad_accum` batches.
 
     `run` (gpt.py) is the run's notebook. `due` says whether it is time to measure. `report` prints
-    and saves what was measured, and the model if it is the best so far. `done` counts a step and
-    notes its loss; the mean of the noted losses is the `train_loss` of the next report. `run.rows`
-    holds the reports. Without a `run` nothing is written.
+    and saves what was measured, and the model if it is the best so far. `done` counts a step
+    and its tokens and notes its loss; the mean of the noted losses is the `train_loss` of the next
+    report. `run.rows` holds the reports. Without a `run` nothing is written.
     """
     steps_per_epoch = math.ceil(len(train_loader) / grad_accum)
     run = run or Run(num_epochs * steps_per_epoch)
@@ -329,8 +329,8 @@ def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens
         idx = [[end] * n + prompt for n, prompt in zip(padding, prompts)]    # (B, T)
 
         # The shortest prompt has room for the most new tokens, so generate that many for all rows.
-        # A longer prompt's row gets too many: the last ones were made when its start had slid out
-        # of the window. They are dropped, and what follows the end of text.
+        # A row with a longer prompt then gets more tokens than its context has room for. Those too
+        # many are dropped, and so is all that follows the end of text.
         room = context - len(prompts[0])
         out = generate(model, idx, min(max_new_tokens, room), eos_id=end, padding=padding)
         for entry, prompt, row in zip(batch, prompts, out.tolist()):

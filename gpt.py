@@ -69,7 +69,7 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 #
 # The numbers begin at random and are learned like all others; tokens that are used alike end up
 # with similar rows. A second table has a row per position, which is added to the token's. Without
-# it, attention that also looks ahead could not tell "dog bites man" from "man bites dog".
+# it, attention (next), if it looks both ways, could not tell "dog bites man" from "man bites dog".
 # Book sections 2.7 and 2.8.
 
 # ---------------------------------------------------------------------------------------------
@@ -78,8 +78,8 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 #
 #     scores 2, 1, 0  ->  exp: 7.39, 2.72, 1.00, the sum is 11.11  ->  shares 0.67, 0.24, 0.09
 #
-# Attention, from its idea to many heads. Each rung of this ladder adds one thing; the model uses
-# the last one, MultiHeadAttention.
+# Attention, from its idea to many heads. Each step adds one thing; the model uses the last one,
+# MultiHeadAttention.
 
 def attention_without_weights(x):
     """The idea: each token becomes a mean of all, the similar ones weighing most. (T, C) -> (T, C).
@@ -357,7 +357,9 @@ class GPTModel(nn.Module):
         """As torch's, but passes over `att.mask`, which weights saved by the book's code have."""
         state_dict = {name: t for name, t in state_dict.items() if not name.endswith("att.mask")}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self.tie_weights()  # assign=True has put in two matrices: make them one again
+
+        # assign=True puts the given tensors in the place of ours, so a tied model then has two.
+        self.tie_weights()
         return result
 
 
@@ -524,9 +526,9 @@ def generate_stream(model, idx, max_new_tokens, context_size=None, temperature=0
             # context, the window slides, and all positions change: read the whole window anew.
             idx_new = idx[:, -1:]
             if cache is None or length > context_size:
-                first = max(0, length - context_size)  # the window's; padding before it is gone
+                first = max(0, length - context_size)  # where the window begins
                 cache = KVCache(model, B, min(context_size, T + max_new_tokens),
-                                (padding - first).clamp(min=0))
+                                (padding - first).clamp(min=0))  # the padding still in it
                 idx_new = idx[:, first:]
 
             # Predict.
@@ -621,8 +623,8 @@ def replace_linear_with_lora(model, rank, alpha):
     """Wrap every linear layer inside `model`, in place. Freeze the parameters before:
     `model.requires_grad_(False)`.
 
-    Two kinds are left alone: layers that are wrapped already, and a tied head. It shares its
-    matrix with the embedding, which `merge_lora`, below, would change, too.
+    Two kinds are left alone: layers that are wrapped already, and a tied head. Its matrix is also
+    the embedding's: `merge_lora`, below, would change both.
     """
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     for parent in list(model.modules()):

@@ -106,7 +106,7 @@ def to_our_names(arrays):
 def make_model(weights, n_heads=None):
     """{our name: tensor} -> a `GPTModel` in eval mode. Raises KeyError, ValueError, RuntimeError.
 
-    Shapes show every size but the number of heads. Without `n_heads` each is 64 wide, as in GPT-2.
+    Shapes show all sizes but the number of heads. Without `n_heads` a head is 64 wide, as in GPT-2.
     """
     V, C = weights["tok_emb.weight"].shape
     if not n_heads and C % 64:
@@ -231,7 +231,8 @@ def read_published(path):
     config = files[0].with_name("config.json")
     settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     for key, value in gpt2.items():
-        if settings.get(key, value) not in (value, "gelu_pytorch_tanh"):  # the same as gelu_new
+        # "gelu_pytorch_tanh" is another name of gelu_new.
+        if settings.get(key, value) not in (value, "gelu_pytorch_tanh"):
             raise ValueError(f"config.json says {key} {settings[key]}, GPT-2 has {value}")
     return arrays, settings
 
@@ -260,7 +261,7 @@ def calc_text_loss(model, tokenizer, text):
 
 
 def demonstrate(model, tokenizer, prompt, max_new_tokens):
-    """Continue a text by its likeliest tokens, measure a loss; beside each, the book's for 124M."""
+    """Print a continuation and a loss, and after each the book's result for GPT-2 124M."""
     ids = generate(model, text_to_token_ids(prompt, tokenizer), max_new_tokens,
                    eos_id=tokenizer.eot_token)
     say("text", f"{prompt!r}, continued by the likeliest tokens:\n"
@@ -304,9 +305,9 @@ def vocabulary(tokenizer):
     """(tokens, pairs that merge), with a visible letter for each byte, as in GPT-2's files.
 
     A byte may be a space or a part of a character; `BYTE_OF_LETTER` (gpt.py) has a letter for each.
-    A tokenizer keeps each token with its rank, but not the two tokens of which it was made. So
-    every way to cut a token into two known ones is listed, in the order of the ranks. It gives the
-    same IDs: tokenizer.py, too, merges any neighbours that form a token, the lowest rank first.
+    Other software wants the two tokens of which each token was made; a tokenizer keeps only ranks.
+    So every way to cut a token into two known ones is listed, in the order of the ranks. The IDs
+    are the same, because tokenizer.py also merges any two neighbours that form a token.
     """
     if tokenizer._pat_str != GPT2_SPLIT_PATTERN:
         raise UserError("only tokenizers that split text as GPT-2 does can be exported")
@@ -329,7 +330,8 @@ def chat_template(texts):
     number of the message. `add_generation_prompt` says that an answer is wanted.
 
     For each turn it writes, as in training, the text "instruction", the question, the text
-    "output", the answer and the end of text.
+    "output", the answer and the end of text. A system message stands in the first turn, before the
+    question, with an empty line between them.
     """
     before, after = json.dumps(texts["instruction"]), json.dumps(texts["output"])
     return ("{% for message in messages %}"
@@ -374,7 +376,8 @@ def folder_files(cfg, tokenizer, template):
 def export_folder(model, tokenizer, template, folder):
     """Write what transformers' `from_pretrained(folder)` opens. Raises UserError, OSError.
 
-    Stopped at any moment, it leaves a whole model: between the two renames in FOLDER.old.tmp.
+    Stopped at any moment, it leaves a whole model: in `folder` or, between the two renames, in
+    FOLDER.old.tmp.
     """
     folder = Path(folder).resolve()
     check_ours(folder)

@@ -83,7 +83,7 @@ def create_dataloader_v1(txt, batch_size=4, max_length=256, stride=128, shuffle=
 #
 # Losses per token of two vocabularies cannot be compared, as one's tokens may be longer. Losses per
 # byte can. 1.034 nats are 1.034 / ln 2 = 1.49 bits; if a token has 4 bytes on average, that makes
-# 0.37 bits per byte: what a program that compresses text with the model needs for each byte.
+# 0.37 bits per byte: a program could use the model to compress text to so many bits a byte.
 #
 # The training loss is measured on what the model learns from, the validation loss on text that it
 # has never seen. While both fall, the model learns the language. When the validation loss rises and
@@ -173,8 +173,8 @@ def train_model_simple(model, train_loader, val_loader, optimizer, device, num_e
 #     0.001,  0.001,  0.001,  0.001    0.001      0.001    1.0 * lr, as much as above
 #     0.1,   -0.1,    0.1,   -0.1      0          0.1      0, as the gradients do not agree
 #
-# Before that, weight decay, the W, multiplies the weight by 1 - lr * weight_decay. It pulls all
-# weights to zero. Only those that the data needs stay large.
+# Before that, weight decay (the W in AdamW) multiplies the weight by 1 - lr * weight_decay. It
+# pulls all weights to zero. Only those that the data needs stay large.
 
 class Muon(torch.optim.Optimizer):
     """Steps of equal length in all directions, for the matrices in the blocks. Jordan et al. 2024.
@@ -205,20 +205,20 @@ class Muon(torch.optim.Optimizer):
                 # The average, with the newest gradient counted once more (Nesterov's momentum).
                 update = self.orthogonal(p.grad.lerp(average, group["momentum"]))
 
-                # Weight decay, then the step. A tall matrix has more outputs than inputs. They
-                # share the step, so each changes less than in a square matrix: it is made longer.
+                # Weight decay, then the step. In a tall matrix, with more outputs than inputs, the
+                # outputs share the step, and each changes less: so the step is made longer.
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
     def orthogonal(self, update):
-        """Move the singular values of a matrix near 1, in five rounds."""
+        """Move the singular values of a matrix near 1, about 0.7 to 1.2, in five rounds."""
         # norm() is the root of the sum of the squared singular values: now none is above 1.
         X = update.to(self.dtype) / (update.norm() + 1e-7)
         tall = X.shape[0] > X.shape[1]
         X = X.T if tall else X  # the smaller square, X X^T, is less work
         for _ in range(5):
-            # X X^T X has the cubes of X's singular values, in the same directions. So each value
-            # s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5; a search found these three numbers.
+            # X X^T X has the cubes of X's singular values, X X^T X X^T X the fifth powers. So each
+            # value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5; a search found these numbers.
             A = X @ X.T
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
         return (X.T if tall else X).to(update.dtype)
@@ -296,8 +296,9 @@ def train_model(run, train_rows, val_rows, device, dtype):
     row numbers and gives the inputs and targets of these rows.
 
     `run` (gpt.py) is the run's notebook. `due` says whether it is time to measure. `report` prints
-    and saves what was measured, and the model if it is the best so far. `done` counts a step and
-    notes its loss; the mean of the noted losses is the `train_loss` of the next report.
+    and saves what was measured, and the model if it is the best so far. `done` counts a step
+    and its tokens and notes its loss; the mean of the noted losses is the `train_loss` of the next
+    report.
 
     `dtype` is the type of matrix products. bfloat16 has 16 bits, float32's range and only three
     digits; some processors multiply it twice as fast. `autocast` runs the products in it, while
@@ -309,8 +310,8 @@ def train_model(run, train_rows, val_rows, device, dtype):
     # reads its share of every batch, and backward() averages the gradients over all.
     rank, world = process_number()
 
-    # It has the same weights. It is compiled if asked, and with several processes its backward()
-    # averages the gradients.
+    # `fast_model` has the weights of `model`. If asked, torch.compile makes it faster; with several
+    # processes its backward() averages the gradients.
     fast_model = compile_and_share(model, args.compile)
     rows_per_step = args.batch_size * args.grad_accum
     steps_per_epoch = len(train_rows) // rows_per_step

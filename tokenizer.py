@@ -127,8 +127,8 @@ def train_simple(text, num_merges):
 #     [ ]?\p{L}+               letters, and the space before:  "the"  " cat"
 #     [ ]?\p{N}+               digits, and the space before:   " 1908"
 #     [ ]?[^\s\p{L}\p{N}]+     other signs, and the space:     "..."  " ("
-#     \s+(?!\S)                white space: at the end, all; before text, all but the last sign,
-#                              which is left for " cat"
+#     \s+(?!\S)                white space: all of it at the end of the text; before a word all but
+#                              the last character, which is left for " cat"
 #     \s+                      white space that is left: a line break or tab before text
 #
 # Equal chunks merge equally, so training needs only the distinct ones, with their counts.
@@ -218,7 +218,7 @@ class BPETokenizer:
         self.n_vocab = self.eot_token + 1
         self._tokens = {rank: token for token, rank in self._mergeable_ranks.items()}
         self._tokens[self.eot_token] = END_OF_TEXT.encode()
-        self._encode_chunk.cache_clear()  # train() comes here again, with other ranks
+        self._encode_chunk.cache_clear()  # forget IDs of the old ranks, if train() calls this
 
     def train(self, text, vocab_size):
         """Learn from a text, or its `count_chunks`, until there are `vocab_size` tokens (> 256)."""
