@@ -1332,12 +1332,6 @@ def scale_lr(lr, model):
     return lr * max(1.0, 768 / model.cfg["emb_dim"]) ** 2
 
 
-@functools.lru_cache(maxsize=1)
-def shuffled(seed, epoch, n):
-    """The numbers from 0 to n - 1 in a random order, another one in each epoch: (n,)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch))))
-
-
 def beside(out, ending):
     """checkpoints/mine.pt and "-resume.pt" -> checkpoints/mine-resume.pt"""
     return out.with_name(out.stem + ending)

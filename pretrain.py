@@ -13,6 +13,7 @@ V vocabulary.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
@@ -28,7 +29,7 @@ from gpt import (  # before torch, which reads a setting of gpt.py when it start
     GPTModel, Run, UserError, add_training_arguments, autocast, check_output, download, find_files,
     find_stories, fingerprint, generate, generate_text_simple, keep_freed_memory, load_checkpoint,
     load_tokenizer, name, path, pick_device, pick_dtype, positive_int, printable, probability,
-    process_number, progress, read_pieces, run_main, say, shuffled, sum_over_processes,
+    process_number, progress, read_pieces, run_main, say, sum_over_processes,
     text_to_token_ids, token_ids_to_text, tokenizer_to_spec, write_atomically)
 
 import numpy as np
@@ -289,6 +290,12 @@ def lr_factor(step, total_steps, warmup_steps, final_lr_share):
     return final_lr_share + (1 - final_lr_share) * (1 + math.cos(math.pi * share)) / 2
 
 
+@functools.lru_cache(maxsize=1)  # the same in all steps of an epoch
+def shuffled(seed, epoch, n):
+    """The numbers from 0 to n - 1 in a random order, another one in each epoch: (n,)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch))))
+
+
 def train_model(run, train_rows, val_rows, device, dtype):
     """The loop of every run without --simple.
 
@@ -330,7 +337,7 @@ def train_model(run, train_rows, val_rows, device, dtype):
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
 
-        # The numbers of this step's rows. `shuffled` gives the same order for the same epoch.
+        # The numbers of this step's rows.
         epoch, k = divmod(run.step, steps_per_epoch)
         order = shuffled(args.seed, epoch, len(train_rows))
         rows = order[k * rows_per_step:(k + 1) * rows_per_step]
