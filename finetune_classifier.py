@@ -223,7 +223,8 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
     examples_seen, batches = 0, None
 
     while True:
-        # Measure when it is due. The loader shuffles: the seed decides which texts come first.
+        # Measure when it is due, on the first `eval_iter` batches. The loader shuffles, so the seed
+        # decides which texts are in them.
         if run.due(eval_freq):
             torch.manual_seed(hash((seed, run.step)))
             how = model, device, eval_iter, dtype
@@ -273,6 +274,7 @@ def classify_texts(texts, model, tokenizer, device, dtype=torch.float32, max_len
     """Texts -> probabilities (number of texts, classes). Raises ValueError for an empty text."""
     context = model.cfg["context_length"]
     rows = [encode(text, tokenizer, min(max_length or context, context)) for text in texts]
+    # `collate` wants labels: 0 fills their place, and is thrown away.
     loader = DataLoader([(row, torch.tensor(0)) for row in rows], 32, collate_fn=collate)
     logits, _ = predict_loader(loader, model, device, dtype=dtype)
     return torch.softmax(logits, dim=-1)
@@ -310,7 +312,8 @@ def report(class_names, labels, predicted, commonest):
     baseline = table[commonest].sum().item() / total
     say("baseline", f"{baseline:.1%} for always answering {class_names[commonest]!r}")
 
-    # Precision: the share of spam in what was called spam. Recall: the share of the spam found.
+    # Precision: of what was called spam, the share that is spam. Recall: of all spam, the share
+    # that was called spam.
     print("\ntrue class        texts  precision  recall  predicted as")
     for i, label in enumerate(class_names):
         texts, called, found = table[i].sum(), table[:, i].sum(), table[i, i]
@@ -336,7 +339,7 @@ def report(class_names, labels, predicted, commonest):
 #     print(classify_review("Call now to claim your prize", model, tokenizer, "cpu"))
 #
 # Try it:
-# 1. What does the head alone reach, when the last block keeps reading for the next token?
+# 1. How accurate is the head alone, when the last block stays as pretraining left it?
 #        python finetune_classifier.py --train head --out checkpoints/head.pt
 # 2. Leave most texts ham. Compare the baseline and spam's recall with a run without options:
 #        python finetune_classifier.py --no-balance --out checkpoints/unbalanced.pt

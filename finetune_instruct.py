@@ -147,7 +147,7 @@ class InstructionDataset(Dataset):
         for entry in data:
             ids, learned = encode_entry(entry, tokenizer, style, max_length + 1)
             if set(learned[:max_length]) == {-100}:
-                continue  # the question fills the row: at most one target is from the answer
+                continue  # the question fills the row: one token of the answer at most would fit
 
             # A place's target is the next token: `max_length` places need one token more. The last
             # token is only a target, so `ids[:-1]`.
@@ -193,8 +193,10 @@ def custom_collate_fn(batch, pad_token_id=50256, ignore_index=-100, allowed_max_
 
 
 class LikeLengths:
-    """Batches of row numbers for a DataLoader, in a new random order each time. Rows of similar
-    length stand together, with little padding: that saves a seventh of the work."""
+    """Batches of row numbers, for a DataLoader's `batch_sampler`, in a new random order each time.
+
+    Rows of similar length stand together, with little padding: that saves a seventh of the work.
+    """
 
     def __init__(self, dataset, batch_size):
         self.lengths, self.batch_size = [len(inputs) for inputs, _ in dataset], batch_size
@@ -329,8 +331,9 @@ def generate_responses(model, tokenizer, entries, style="alpaca", max_new_tokens
         idx = [[end] * n + prompt for n, prompt in zip(padding, prompts)]    # (B, T)
 
         # The shortest prompt has room for the most new tokens, so generate that many for all rows.
-        # A row with a longer prompt then gets more tokens than its context has room for. Those too
-        # many are dropped, and so is all that follows the end of text.
+        # Where a row then passes the context, `generate` lets go of its padding first. A longer
+        # prompt would lose its own start: its tokens from there on are dropped, and so is all
+        # that follows the end of text.
         room = context - len(prompts[0])
         out = generate(model, idx, min(max_new_tokens, room), eos_id=end, padding=padding)
         for entry, prompt, row in zip(batch, prompts, out.tolist()):

@@ -69,8 +69,8 @@ GPT2_SIZES = {  # what differs between the four published sizes of GPT-2 (Radfor
 #
 # The numbers begin at random and are learned like all others; tokens that are used alike end up
 # with similar rows. A second table has a row per position, which is added to the token's. Without
-# it, attention (next), if it looks both ways, could not tell "dog bites man" from "man bites dog".
-# Book sections 2.7 and 2.8.
+# it, attention (explained next) that sees the words before and after could not tell "dog bites
+# man" from "man bites dog". Book sections 2.7 and 2.8.
 
 # ---------------------------------------------------------------------------------------------
 # Softmax turns any numbers, here called scores, into shares: positive, with the sum 1. It takes the

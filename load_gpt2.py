@@ -36,10 +36,10 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------
 # Who is who. The columns are each array's name in TensorFlow, on the hub, in llama.cpp's GGUF and
-# in our model, then its shape in the first two.
+# in our model, then its shape in TensorFlow and on the hub.
 #
 # - In TensorFlow's names w is a matrix, b a bias or shift, g a scale.
-# - The matrices in the blocks are (in, out) in the first two, and (out, in) in GGUF and our model.
+# - The matrices in the blocks are (in, out) there, and (out, in) in GGUF and our model.
 # - All but our model join query, key and value in one matrix.
 # - OpenAI's models are tied: one matrix, wte, embeds the tokens and computes the logits. An untied
 #   model also has lm_head.
@@ -306,8 +306,9 @@ def vocabulary(tokenizer):
 
     A byte may be a space or a part of a character; `BYTE_OF_LETTER` (gpt.py) has a letter for each.
     Other software wants the two tokens of which each token was made; a tokenizer keeps only ranks.
-    So every way to cut a token into two known ones is listed, in the order of the ranks. The IDs
-    are the same, because tokenizer.py also merges any two neighbours that form a token.
+    So every way to cut a token into two known ones is listed, in the order of the ranks. A text
+    gets the same IDs as from tokenizer.py, which never asks how a token was made: it merges any
+    two neighbours that form one, the lowest rank first.
     """
     if tokenizer._pat_str != GPT2_SPLIT_PATTERN:
         raise UserError("only tokenizers that split text as GPT-2 does can be exported")
@@ -333,6 +334,7 @@ def chat_template(texts):
     "output", the answer and the end of text. A system message stands in the first turn, before the
     question, with an empty line between them.
     """
+    # json.dumps puts a text in quotes, with \n for a line break, as the template needs it.
     before, after = json.dumps(texts["instruction"]), json.dumps(texts["output"])
     return ("{% for message in messages %}"
             # An answer.
@@ -435,7 +437,7 @@ def gguf_value(value):
         return struct.pack("<If", FLOAT32, value)
     if isinstance(value, str):
         return struct.pack("<I", STRING) + gguf_string(value)
-    if isinstance(value[0], int):  # a list: only tokenizer.ggml.token_type
+    if isinstance(value[0], int):  # a list of numbers: tokenizer.ggml.token_type
         return struct.pack(f"<IIQ{len(value)}i", ARRAY, INT32, len(value), *value)
     return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(gguf_string, value))
 
@@ -472,7 +474,7 @@ def export_gguf(model, tokenizer, template, path, quantize=None):
     if template:
         keys["tokenizer.chat_template"] = template
 
-    # Each array begins at a multiple of 32 bytes, with zeros before it. GGUF lists the last
+    # Zeros after each array let the next one begin at a multiple of 32 bytes. GGUF lists the last
     # dimension of a shape first.
     key_parts = [gguf_string(key) + gguf_value(value) for key, value in keys.items()]
     array_parts, data = [], []
@@ -497,7 +499,8 @@ def export_gguf(model, tokenizer, template, path, quantize=None):
 #    --prompt "The capital of France is" --temperature 0
 # 2. How near to GPT-2 is a model of your own? Export it, then compare the bits per byte:
 #    python load_gpt2.py --from my-gpt/
-# 3. How small is a model in 8 bits? python load_gpt2.py --export my-gpt.gguf --quantize q8_0
+# 3. How small is a model in 8 bits? python load_gpt2.py --checkpoint checkpoints/pretrained.pt
+#    --export my-gpt.gguf --quantize q8_0
 #
 # The same by hand, in Python:
 #     from gpt import GPT_CONFIG_124M, GPTModel, generate, load_tokenizer

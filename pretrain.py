@@ -206,8 +206,9 @@ class Muon(torch.optim.Optimizer):
                 # The average, with the newest gradient counted once more (Nesterov's momentum).
                 update = self.orthogonal(p.grad.lerp(average, group["momentum"]))
 
-                # Weight decay, then the step. In a tall matrix, with more outputs than inputs, the
-                # outputs share the step, and each changes less: so the step is made longer.
+                # Weight decay, then the step. `update` is as large for a matrix as for its
+                # transpose. In a tall one, with more outputs than inputs, it is spread over more
+                # outputs, and each changes less: so the step is made longer.
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -234,6 +235,8 @@ def make_optimizers(model, optimizer, lr, weight_decay, dtype=torch.float32):
     matrices = [p for p in model.trf_blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p not in set(matrices)]
     betas = (0.9, 0.95)  # how much of AdamW's two averages stays in each step
+
+    # fused=True: the same arithmetic in fewer, larger calls, which is faster.
     if optimizer == "adamw, book":
         optimizers = [AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)]
     elif optimizer == "adamw":

@@ -218,7 +218,7 @@ class BPETokenizer:
         self.n_vocab = self.eot_token + 1
         self._tokens = {rank: token for token, rank in self._mergeable_ranks.items()}
         self._tokens[self.eot_token] = END_OF_TEXT.encode()
-        self._encode_chunk.cache_clear()  # forget IDs of the old ranks, if train() calls this
+        self._encode_chunk.cache_clear()  # train() calls __init__ again: forget the old IDs
 
     def train(self, text, vocab_size):
         """Learn from a text, or its `count_chunks`, until there are `vocab_size` tokens (> 256)."""
@@ -263,7 +263,10 @@ class BPETokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path):
-        """Write tiktoken's rank file, all or nothing; `gpt.load_tokenizer(path)` reads it too."""
+        """Write a rank file, as tiktoken has it: in each line a token and its rank.
+
+        `gpt.load_tokenizer(path)` reads it, too. A write that fails leaves an old file as it was.
+        """
         with write_atomically(path) as part:
             part.write_text(ranks_to_text(self._mergeable_ranks), encoding="utf-8")
 
