@@ -448,6 +448,7 @@ def chat(model, tokenizer, args):
     history = []
     text = "/help"
     while text != "/exit":
+        # A command, or a question.
         if text == "/help":
             print("/reset forgets the conversation, /exit or Ctrl-D ends it, /help shows this.")
         elif text == "/reset":
@@ -460,6 +461,7 @@ def chat(model, tokenizer, args):
                 print()
             except UserError as e:
                 say("", str(e))
+
         text = input("> ").strip()  # Ctrl-D and Ctrl-C leave from here
 
 

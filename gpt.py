@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-with contextlib.suppress(ValueError):  # raised where gpt.py is imported in a thread
+with contextlib.suppress(ValueError, TypeError):  # in a thread; in a program with Python inside
     signal.signal(signal.SIGINT, on_ctrl_c)
 
 GPT_CONFIG_124M = {
@@ -1092,6 +1092,7 @@ def read_blocks(path, size=None):
     """Yield a UTF-8 file in blocks of `size` characters, or line by line. UserError, OSError."""
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"{path} is not a file that can be read twice; save its text to one first")
+
     empty = True
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: drops a byte order mark
@@ -1101,6 +1102,7 @@ def read_blocks(path, size=None):
                 empty = empty and block.isspace()
                 yield block
     except UnicodeDecodeError as e:
+        # Say which kind of file it is, as far as its bytes tell.
         why = "is not UTF-8 text; find out its encoding and convert it: iconv -f ENCODING -t utf-8"
         if e.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
             why = "is UTF-16, not UTF-8; convert it with: iconv -f utf-16 -t utf-8"

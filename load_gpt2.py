@@ -575,11 +575,12 @@ def find_tokenizer(weights, vocab_size):
 
     Its tokens must have our IDs: the 256 bytes first, the end of text last.
     """
+    folder = weights if weights.is_dir() else weights.parent
+
     def read(name):
         file = folder / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    folder = weights if weights.is_dir() else weights.parent
     contents, vocab = read("tokenizer.json"), read("vocab.json")
     if contents:
         vocab, merges = contents["model"]["vocab"], contents["model"]["merges"]

@@ -500,6 +500,7 @@ def tokens_on_disk(texts, contents, tokenizer):
             for text in texts:
                 last = None
                 for piece in text:
+                    # Turn a piece into tokens, and write them behind the others.
                     try:
                         ids = tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT})
                     except ValueError as e:  # of a million spaces in a row
@@ -507,10 +508,13 @@ def tokens_on_disk(texts, contents, tokenizer):
                     ids.astype(dtype).tofile(out)
                     last = ids[-1] if len(ids) else last
                     progress(f"turning text into tokens: {out.tell() // dtype.itemsize:,}")
+
+                # Close the text; at the end of the file stands the number of tokens.
                 if last != tokenizer.eot_token:
                     np.array([tokenizer.eot_token], dtype).tofile(out)
             np.array([out.tell() // dtype.itemsize], np.uint64).tofile(out)
 
+    # Mark this one as used today, and delete those that no run used for a day.
     os.utime(file)
     for old in file.parent.glob(".tokens-*.bin"):
         with contextlib.suppress(OSError):

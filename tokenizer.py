@@ -357,7 +357,8 @@ def train(args):
     if out.exists():
         read_rank_file(out)  # a file that is something else is not overwritten
 
-    # The last tenth is held out, to measure on text that the training has not seen.
+    # The last tenth is held out, to measure on text that the training has not seen. A first reading
+    # finds out how long the text is.
     total = sum(len(piece) for file in files for piece in read_pieces(file))
     size = max(256, min(total // 100, 1 << 18))
     learned, held_out, done = Counter(), Counter(), 0
