@@ -357,15 +357,19 @@ def train(args):
     if out.exists():
         read_rank_file(out)  # a file that is something else is not overwritten
 
-    # The last tenth is held out, to measure on text that the training has not seen. A first reading
-    # finds out how long the text is.
-    total = sum(len(piece) for file in files for piece in read_pieces(file))
+    # The last tenth is held out, to measure on text that the training has not seen. A .jsonl file is
+    # more than its texts: only a first reading tells how long they are.
+    total = 0
+    for file in files:
+        is_text = file.suffix.lower() != ".jsonl"
+        total += (file.stat().st_size if is_text else
+                  sum(len(piece.encode("utf-8")) for piece in read_pieces(file)))
     size = max(256, min(total // 100, 1 << 18))
     learned, held_out, done = Counter(), Counter(), 0
     for piece in chain.from_iterable(read_pieces(file, size) for file in files):
         counts = learned if done < 0.9 * total else held_out
         counts.update(count_chunks(piece))
-        done += len(piece)
+        done += len(piece.encode("utf-8"))
         progress(f"counting, {len(learned):,} different chunks so far")
 
     tokenizer = BPETokenizer()
